@@ -1,0 +1,40 @@
+//! Ports, user id, header and environment names on which the programs agree. Each number stands here once.
+
+/// Where redirected connections of the app arrive. Loopback only.
+pub const OUTBOUND_PORT: u16 = 15001;
+/// Where redirected connections of peers arrive.
+pub const INBOUND_PORT: u16 = 15006;
+/// Probes and metrics, on the pod address.
+pub const ADMIN_PORT: u16 = 15020;
+/// DNS of the app, redirected here. Loopback only.
+pub const DNS_PORT: u16 = 15053;
+/// Where the certificate authority serves gRPC over TLS.
+pub const AUTHORITY_PORT: u16 = 15080;
+/// Probes and metrics of the certificate authority.
+pub const AUTHORITY_ADMIN_PORT: u16 = 15081;
+/// Every port of the sidecar: a connection meant for one of them is refused.
+pub const SIDECAR_PORTS: [u16; 4] = [OUTBOUND_PORT, INBOUND_PORT, ADMIN_PORT, DNS_PORT];
+
+/// The user the sidecar runs as in a pod; its traffic is not redirected.
+pub const SIDECAR_UID: u32 = 1337;
+
+/// Every variable that configures the sidecar begins with this; none reaches the app.
+pub const ENV_PREFIX: &str = "WEFT_";
+
+/// Every header of ours begins with this. Believed only from a verified peer.
+pub const HEADER_PREFIX: &str = "x-weft-";
+/// The label of the failure, on an answer that the mesh made itself.
+pub const HEADER_FAILURE: &str = "x-weft-failure";
+/// Milliseconds that the caller still waits.
+pub const HEADER_DEADLINE: &str = "x-weft-deadline";
+/// The number of this attempt, counted from 1.
+pub const HEADER_ATTEMPT: &str = "x-weft-attempt";
+/// What the app spoke before the request was carried as HTTP/2: `h1` or `h2`.
+pub const HEADER_PROTOCOL: &str = "x-weft-protocol";
+
+/// TLS between sidecars, HTTP/2 inside.
+pub const ALPN_HTTP2: &[u8] = b"weft-h2";
+/// TLS between sidecars, HTTP/1.1 inside (upgrades and CONNECT).
+pub const ALPN_HTTP1: &[u8] = b"weft-h1";
+/// TLS between sidecars, the app's own bytes inside.
+pub const ALPN_TCP: &[u8] = b"weft-tcp";

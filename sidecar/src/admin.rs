@@ -1,0 +1,1 @@
+//! Room `admin`: to be built.

@@ -1,0 +1,1 @@
+//! Room `app`: to be built.

@@ -1,0 +1,1 @@
+//! Room `balance`: to be built.

@@ -1,0 +1,1 @@
+//! Room `connect`: to be built.

@@ -1,0 +1,1 @@
+//! Room `detect`: to be built.

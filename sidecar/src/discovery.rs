@@ -1,0 +1,1 @@
+//! Room `discovery`: to be built.

@@ -1,0 +1,1 @@
+//! Room `drain`: to be built.

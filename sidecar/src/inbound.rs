@@ -1,0 +1,1 @@
+//! Room `inbound`: to be built.

@@ -1,0 +1,12 @@
+//! Bytes on sockets: one `Stream` for all of them, the original destination of a redirected connection,
+//! listeners and dialling, and the two-way copy. Knows nothing of HTTP or identities.
+
+mod copy;
+mod original_destination;
+mod socket;
+mod stream;
+
+pub use copy::{Copied, copy_both_ways};
+pub use original_destination::original_destination;
+pub use socket::{dial, listen, listen_shared, set_options};
+pub use stream::Stream;

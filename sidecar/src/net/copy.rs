@@ -1,0 +1,53 @@
+//! Copies bytes both ways between two streams, each half closed by itself.
+
+use std::io;
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
+
+use super::Stream;
+
+/// Bytes on the way at a time and direction.
+const BUFFER: usize = 16 * 1024;
+
+/// How many bytes went each way.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Copied {
+    /// From the first stream to the second.
+    pub forth: u64,
+    /// From the second stream to the first.
+    pub back: u64,
+}
+
+/// Copies until both directions have ended. The end of one direction is passed on and the other goes on; an
+/// error in one direction ends both, so that a cut is seen as a cut.
+///
+/// # Errors
+/// The first error of either direction, with the bytes copied until then.
+pub async fn copy_both_ways(first: Stream, second: Stream) -> (Copied, io::Result<()>) {
+    let (mut first_read, mut first_write) = split(first);
+    let (mut second_read, mut second_write) = split(second);
+    let mut copied = Copied::default();
+    let Copied { forth, back } = &mut copied;
+    let result = tokio::try_join!(
+        copy_one_way(&mut first_read, &mut second_write, forth),
+        copy_one_way(&mut second_read, &mut first_write, back),
+    );
+    (copied, result.map(drop))
+}
+
+async fn copy_one_way(
+    from: &mut (impl AsyncRead + Unpin),
+    to: &mut (impl AsyncWrite + Unpin),
+    count: &mut u64,
+) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        let read = from.read(&mut buffer).await?;
+        if read == 0 {
+            return to.shutdown().await;
+        }
+        to.write_all(&buffer[..read]).await?;
+        to.flush().await?;
+        *count += read as u64;
+    }
+}

@@ -1,0 +1,64 @@
+//! Making listeners and dialling, with the options every socket of the sidecar has.
+
+use std::{io, net::SocketAddr, time::Duration};
+
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+
+/// Connections that wait to be accepted, per listener.
+const BACKLOG: i32 = 4096;
+/// A silent peer is asked whether it lives after this long.
+const KEEPALIVE: Duration = Duration::from_secs(30);
+
+/// A listener that several workers may open on the same address (`SO_REUSEPORT`): the kernel spreads the
+/// connections over them. An IPv6 listener takes IPv6 only.
+///
+/// # Errors
+/// What `bind` and `listen` say.
+pub fn listen_shared(address: SocketAddr) -> io::Result<TcpListener> {
+    listener(address, true)
+}
+
+/// A listener that nobody shares.
+///
+/// # Errors
+/// What `bind` and `listen` say.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    listener(address, false)
+}
+
+fn listener(address: SocketAddr, shared: bool) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    socket.set_reuse_address(true)?;
+    if shared {
+        socket.set_reuse_port(true)?;
+    }
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+/// Dials an address. The caller sets the time limit.
+///
+/// # Errors
+/// What `connect` says.
+pub async fn dial(address: SocketAddr) -> io::Result<TcpStream> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    let stream = socket.connect(address).await?;
+    set_options(&stream)?;
+    Ok(stream)
+}
+
+/// No delay for small writes, and a probe of silent peers.
+///
+/// # Errors
+/// What `setsockopt` says.
+pub fn set_options(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    SockRef::from(stream)
+        .set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE))
+}

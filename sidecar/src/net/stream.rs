@@ -1,0 +1,119 @@
+//! The one byte stream of the house: TCP, or TLS over it, with bytes that were read ahead given back first.
+
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use bytes::{Buf, Bytes};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
+use tokio_rustls::TlsStream;
+
+/// A byte stream. What detection read ahead is put back with [`Stream::unread`] and read again first.
+#[derive(Debug)]
+pub struct Stream {
+    ahead: Bytes,
+    io: Io,
+}
+
+#[derive(Debug)]
+enum Io {
+    Tcp(TcpStream),
+    Tls(Box<TlsStream<Stream>>),
+}
+
+impl Stream {
+    /// Puts bytes back: they are read before anything else.
+    pub fn unread(&mut self, bytes: Bytes) {
+        debug_assert!(self.ahead.is_empty(), "bytes put back twice");
+        self.ahead = bytes;
+    }
+
+    /// The TCP socket below.
+    pub fn tcp(&self) -> &TcpStream {
+        match &self.io {
+            Io::Tcp(tcp) => tcp,
+            Io::Tls(tls) => tls.get_ref().0.tcp(),
+        }
+    }
+}
+
+impl From<TcpStream> for Stream {
+    fn from(tcp: TcpStream) -> Self {
+        Stream { ahead: Bytes::new(), io: Io::Tcp(tcp) }
+    }
+}
+
+impl From<TlsStream<Stream>> for Stream {
+    fn from(tls: TlsStream<Stream>) -> Self {
+        Stream { ahead: Bytes::new(), io: Io::Tls(Box::new(tls)) }
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if !self.ahead.is_empty() {
+            let count = self.ahead.len().min(buffer.remaining());
+            buffer.put_slice(&self.ahead[..count]);
+            self.ahead.advance(count);
+            return Poll::Ready(Ok(()));
+        }
+        match &mut self.io {
+            Io::Tcp(tcp) => Pin::new(tcp).poll_read(context, buffer),
+            Io::Tls(tls) => Pin::new(tls).poll_read(context, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match &mut self.io {
+            Io::Tcp(tcp) => Pin::new(tcp).poll_write(context, bytes),
+            Io::Tls(tls) => Pin::new(tls).poll_write(context, bytes),
+        }
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match &mut self.io {
+            Io::Tcp(tcp) => Pin::new(tcp).poll_write_vectored(context, parts),
+            Io::Tls(tls) => Pin::new(tls).poll_write_vectored(context, parts),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match &self.io {
+            Io::Tcp(tcp) => tcp.is_write_vectored(),
+            Io::Tls(tls) => tls.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.io {
+            Io::Tcp(tcp) => Pin::new(tcp).poll_flush(context),
+            Io::Tls(tls) => Pin::new(tls).poll_flush(context),
+        }
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.io {
+            Io::Tcp(tcp) => Pin::new(tcp).poll_shutdown(context),
+            Io::Tls(tls) => Pin::new(tls).poll_shutdown(context),
+        }
+    }
+}

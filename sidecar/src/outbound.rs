@@ -1,0 +1,1 @@
+//! Room `outbound`: to be built.

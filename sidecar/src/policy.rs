@@ -1,0 +1,1 @@
+//! Room `policy`: to be built.

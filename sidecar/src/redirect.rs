@@ -1,0 +1,1 @@
+//! Room `redirect`: to be built.

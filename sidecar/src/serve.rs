@@ -1,0 +1,1 @@
+//! Room `serve`: to be built.

@@ -1,0 +1,1 @@
+//! Room `tls`: to be built.

@@ -1,0 +1,1 @@
+//! What the tests of the whole mesh share: pods made of network namespaces, processes, the programs under test.
