@@ -1,1 +1,11 @@
-//! Room `detect`: to be built.
+//! What does a client speak? `classify` looks at the first bytes and nothing else; `client_hello` reads the name
+//! and the protocols that a TLS client asks for; `read_ahead` reads a stream until that is known and puts the
+//! bytes back. Nothing is answered or changed here, and nobody is believed: a server still parses every byte.
+
+mod classify;
+mod client_hello;
+mod read_ahead;
+
+pub use classify::{LOOK, Verdict, classify};
+pub use client_hello::{HELLO_BYTES, Hello, client_hello};
+pub use read_ahead::{Heard, ReadAhead, read_ahead};

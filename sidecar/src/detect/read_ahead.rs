@@ -1,0 +1,213 @@
+//! Reads a stream until it is clear what the client speaks, and puts the bytes back. A client that stays silent
+//! may be waiting for the server to speak first: after `limit` the caller is told, and may ask again later, for
+//! the bytes are still there. Bounded in bytes and in time, however slowly the client trickles.
+
+use std::{io, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use tokio::{
+    io::AsyncReadExt,
+    time::{Instant, timeout_at},
+};
+
+use super::{HELLO_BYTES, Hello, LOOK, Verdict, classify, client_hello};
+use crate::{model::Protocol, net::Stream};
+
+/// However slowly a client trickles, reading ahead ends after this many times the limit of silence.
+const PATIENCE: u32 = 10;
+
+/// The bytes a client began with. They are still to be read from the stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReadAhead {
+    /// At most [`HELLO_BYTES`].
+    pub bytes: Bytes,
+    /// What they mean.
+    pub heard: Heard,
+}
+
+/// How reading ahead ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Heard {
+    /// The protocol is known. For TLS the bytes hold the whole ClientHello, unless the client stopped in it.
+    Protocol(Protocol),
+    /// The client stopped before the protocol was clear, perhaps before its first byte.
+    Silence,
+    /// The client closed its side before the protocol was clear, perhaps before its first byte.
+    End,
+}
+
+/// Reads until the protocol is known, the client is silent for `limit`, or it closes its side. May be asked again
+/// about the same stream after [`Heard::Silence`]. Cancel safe: a future dropped half way puts back what it read.
+///
+/// # Errors
+/// What reading the stream says.
+pub async fn read_ahead(stream: &mut Stream, limit: Duration) -> io::Result<ReadAhead> {
+    let mut reading = Reading { stream, buffer: BytesMut::with_capacity(HELLO_BYTES) };
+    let end = Instant::now() + limit * PATIENCE;
+    let heard = loop {
+        if let Some(protocol) = settled(&reading.buffer) {
+            break Heard::Protocol(protocol);
+        }
+        let silent = end.min(Instant::now() + limit);
+        let stopped = match timeout_at(silent, reading.more()).await {
+            Ok(Ok(0)) => Heard::End,
+            Ok(Ok(_)) => continue,
+            Ok(Err(error)) => return Err(error),
+            Err(_) => Heard::Silence,
+        };
+        break match classify(&reading.buffer) {
+            Verdict::Is(protocol) => Heard::Protocol(protocol),
+            Verdict::NeedMore => stopped,
+        };
+    };
+    Ok(ReadAhead { bytes: reading.put_back(), heard })
+}
+
+/// Puts the bytes back when it ends, in whichever way.
+struct Reading<'a> {
+    stream: &'a mut Stream,
+    buffer: BytesMut,
+}
+
+impl Reading<'_> {
+    async fn more(&mut self) -> io::Result<usize> {
+        self.stream.read_buf(&mut self.buffer).await
+    }
+
+    fn put_back(&mut self) -> Bytes {
+        let bytes = self.buffer.split().freeze();
+        self.stream.unread(bytes.clone());
+        bytes
+    }
+}
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        if !self.buffer.is_empty() {
+            self.put_back();
+        }
+    }
+}
+
+/// The protocol, once enough was read: for TLS that is the whole ClientHello.
+fn settled(bytes: &[u8]) -> Option<Protocol> {
+    match classify(bytes) {
+        Verdict::Is(Protocol::Tls) if client_hello(bytes) == Hello::NeedMore => None,
+        Verdict::Is(protocol) => Some(protocol),
+        Verdict::NeedMore => None,
+    }
+}
+
+const _: () = assert!(LOOK <= HELLO_BYTES, "the buffer must hold what settles every verdict");
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::AsyncWriteExt,
+        net::{TcpListener, TcpStream},
+        time::sleep,
+    };
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_millis(100);
+
+    async fn pair() -> (TcpStream, Stream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        (client, Stream::from(listener.accept().await.unwrap().0))
+    }
+
+    #[tokio::test]
+    async fn what_was_read_ahead_is_read_again() {
+        let (mut client, mut stream) = pair().await;
+        client.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+        let ahead = read_ahead(&mut stream, LIMIT).await.unwrap();
+        assert_eq!(ahead.heard, Heard::Protocol(Protocol::Http1));
+        client.write_all(b"more").await.unwrap();
+        drop(client);
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).await.unwrap();
+        assert_eq!(all, b"GET / HTTP/1.1\r\n\r\nmore");
+    }
+
+    #[tokio::test]
+    async fn a_request_in_two_pieces_is_waited_for() {
+        let (mut client, mut stream) = pair().await;
+        client.write_all(b"GET / HT").await.unwrap();
+        let rest = async {
+            sleep(LIMIT / 4).await;
+            client.write_all(b"TP/1.1\r\n").await.unwrap();
+        };
+        let (ahead, ()) = tokio::join!(read_ahead(&mut stream, LIMIT * 20), rest);
+        assert_eq!(ahead.unwrap().heard, Heard::Protocol(Protocol::Http1));
+    }
+
+    #[tokio::test]
+    async fn silence_is_told_and_the_next_look_goes_on_from_there() {
+        let (mut client, mut stream) = pair().await;
+        assert_eq!(read_ahead(&mut stream, LIMIT).await.unwrap().heard, Heard::Silence);
+        client.write_all(b"GET / HT").await.unwrap();
+        let ahead = read_ahead(&mut stream, LIMIT).await.unwrap();
+        assert_eq!((&ahead.bytes[..], ahead.heard), (&b"GET / HT"[..], Heard::Silence));
+        client.write_all(b"TP/1.1\r\n").await.unwrap();
+        let ahead = read_ahead(&mut stream, LIMIT).await.unwrap();
+        assert_eq!(
+            (&ahead.bytes[..], ahead.heard),
+            (&b"GET / HTTP/1.1\r\n"[..], Heard::Protocol(Protocol::Http1))
+        );
+    }
+
+    #[tokio::test]
+    async fn who_stops_waiting_loses_nothing() {
+        let (mut client, mut stream) = pair().await;
+        client.write_all(b"GET").await.unwrap();
+        tokio::select! {
+            _ = read_ahead(&mut stream, LIMIT * 100) => unreachable!(),
+            () = sleep(LIMIT) => {}
+        }
+        client.shutdown().await.unwrap();
+        assert_eq!(&read_ahead(&mut stream, LIMIT).await.unwrap().bytes[..], b"GET");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_closes_is_not_waited_for() {
+        let (mut client, mut stream) = pair().await;
+        client.write_all(b"GET").await.unwrap();
+        client.shutdown().await.unwrap();
+        let ahead = read_ahead(&mut stream, Duration::from_secs(60)).await.unwrap();
+        assert_eq!((&ahead.bytes[..], ahead.heard), (&b"GET"[..], Heard::End));
+    }
+
+    #[tokio::test]
+    async fn a_client_that_trickles_is_not_waited_for_for_ever() {
+        let (mut client, mut stream) = pair().await;
+        let trickle = async {
+            loop {
+                client.write_all(b"A").await.unwrap();
+                client.set_nodelay(true).unwrap();
+                sleep(LIMIT).await;
+            }
+        };
+        // Token after token without an end: 32 of them would settle it, time is up before.
+        let limit = LIMIT * 2;
+        tokio::select! {
+            ahead = read_ahead(&mut stream, limit) => {
+                let ahead = ahead.unwrap();
+                assert_eq!(ahead.heard, Heard::Silence);
+                assert!(!ahead.bytes.is_empty());
+            }
+            () = trickle => unreachable!(),
+            () = sleep(limit * (PATIENCE + 20)) => panic!("still waiting"),
+        }
+    }
+
+    #[tokio::test]
+    async fn the_whole_hello_is_waited_for_but_not_for_ever() {
+        let (mut client, mut stream) = pair().await;
+        client.write_all(&[22, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3]).await.unwrap();
+        let ahead = read_ahead(&mut stream, LIMIT).await.unwrap();
+        assert_eq!(ahead.heard, Heard::Protocol(Protocol::Tls));
+        assert_eq!(client_hello(&ahead.bytes), Hello::NeedMore);
+    }
+}
