@@ -1,1 +1,10 @@
-//! Room `discovery`: to be built.
+//! Who is where. Sources (files now) publish an immutable [`Directory`] of services; `virtual_addresses` gives
+//! services addresses that apps can dial, and `dns` hands them out. Where a destination leads is decided by its
+//! address alone, never by what the app says inside the connection.
+
+mod atomic_file;
+mod directory;
+mod virtual_addresses;
+
+pub use directory::{Destination, Directory};
+pub use virtual_addresses::{VirtualAddresses, is_virtual};
