@@ -1,6 +1,7 @@
 //! The contract between Weft's programs: the gRPC messages, the grammar of SPIFFE ids, and the ports and
 //! names that two programs must agree on. It holds no behaviour beyond parsing.
 
+pub mod certificate;
 pub mod names;
 pub mod spiffe;
 

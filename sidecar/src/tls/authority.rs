@@ -1,0 +1,83 @@
+//! The handshake with the certificate authority, which must prove itself before a token is sent.
+//!
+//! It is the one connection whose far side is no sidecar: it speaks gRPC (ALPN `h2`), it takes a client without
+//! a certificate, and at first nothing is known of its trust domain but a root, or a root's SHA-256.
+
+use std::{io, sync::Arc};
+
+use aws_lc_rs::digest::{SHA256, digest};
+use rustls_pki_types::CertificateDer;
+use tokio_rustls::{TlsConnector, TlsStream};
+use weft_proto::spiffe::{SpiffeId, TrustDomain};
+
+use super::{
+    bundle::Bundle,
+    credentials::{Credentials, client_config, provider},
+    handshake::{failed, peer_address, server_name},
+    judge::ExpectServer,
+    verify::Role,
+};
+use crate::{
+    model::{Failed, Failure, Result},
+    net::Stream,
+};
+
+/// What a server may prove itself against.
+#[derive(Debug, Clone)]
+pub enum Anchor {
+    /// Roots that we have.
+    Bundle(Bundle),
+    /// The SHA-256 of a root's DER; the server shows that root in its chain.
+    Sha256([u8; 32]),
+}
+
+impl Anchor {
+    /// The roots to check this chain against; the error is a reason to log.
+    pub(super) fn bundle(
+        &self,
+        chain: &[CertificateDer<'_>],
+        trust_domain: &str,
+    ) -> std::result::Result<Bundle, String> {
+        let hash = match self {
+            Anchor::Bundle(bundle) => return Ok(bundle.clone()),
+            Anchor::Sha256(hash) => hash,
+        };
+        let root = chain
+            .iter()
+            .find(|certificate| digest(&SHA256, certificate).as_ref() == hash)
+            .ok_or("no certificate of its chain has the SHA-256 that we pinned")?;
+        let trust_domain: TrustDomain = trust_domain.parse().map_err(|error| format!("{error}"))?;
+        Bundle::new(trust_domain, vec![root.clone().into_owned()]).map_err(|failed| failed.detail)
+    }
+}
+
+/// ALPN of gRPC.
+const HTTP2: &[u8] = b"h2";
+
+/// Secures a connection to the authority. It must lead to one of the anchors and have the expected id. With
+/// credentials we show our own certificate (renewal), without we show none (a token follows).
+///
+/// # Errors
+/// [`Failure::UntrustedPeer`], [`Failure::WrongIdentity`] or [`Failure::Handshake`]; nothing was sent then.
+pub async fn connect_authority(
+    stream: Stream,
+    anchors: Vec<Anchor>,
+    expected: &SpiffeId,
+    credentials: Option<&Credentials>,
+) -> Result<Stream> {
+    let address = peer_address(&stream);
+    let provider = provider();
+    let verifier = ExpectServer::new(anchors, vec![expected.clone()], provider.clone());
+    let key = credentials.map(Credentials::certified_key);
+    let mut config = client_config(Arc::new(verifier), key, provider)?;
+    config.alpn_protocols = vec![HTTP2.to_vec()];
+    let own = credentials.map_or("a workload without identity", |own| own.id().as_str());
+    let explain = |error: io::Error| failed(&error, Role::Server, &address, own);
+    let name = server_name(&stream).map_err(explain)?;
+    let tls = TlsConnector::from(Arc::new(config)).connect(name, stream).await.map_err(explain)?;
+    if tls.get_ref().1.alpn_protocol() != Some(HTTP2) {
+        let detail = format!("server {address} did not agree to HTTP/2 (ALPN); is it weft-ca?");
+        return Err(Failed::new(Failure::Handshake, detail));
+    }
+    Ok(TlsStream::from(tls).into())
+}

@@ -1,0 +1,202 @@
+//! The two handshakes between sidecars.
+//!
+//! A client decides about the server's identity before it sends anything but its hello; a server takes a
+//! connection only after the client's certificate. In TLS 1.3 (RFC 8446 section 2) a client may be done before
+//! the server has judged it: a refusal then arrives as an alert on the client's first read, which
+//! [`refused_by_peer`] recognises. No time limits here: the caller sets them.
+
+use std::{io, sync::Arc};
+
+use rustls::{AlertDescription, CertificateError, OtherError};
+use rustls_pki_types::{CertificateDer, ServerName};
+use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
+use weft_proto::{certificate::Leaf, names, spiffe::SpiffeId};
+
+use super::{
+    authority::Anchor,
+    credentials::Credentials,
+    judge::ExpectServer,
+    verify::{Role, VerifiedPeer},
+};
+use crate::{
+    model::{Failed, Failure, Result},
+    net::Stream,
+};
+
+/// What is carried inside: the private names that tell the far side that mesh TLS ends there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Alpn {
+    /// `weft-h2`: HTTP/2.
+    Http2,
+    /// `weft-h1`: HTTP/1.1, for upgrades and CONNECT.
+    Http1,
+    /// `weft-tcp`: the app's own bytes.
+    Tcp,
+}
+
+impl Alpn {
+    /// The name on the wire (RFC 7301).
+    pub fn name(self) -> &'static [u8] {
+        match self {
+            Alpn::Http2 => names::ALPN_HTTP2,
+            Alpn::Http1 => names::ALPN_HTTP1,
+            Alpn::Tcp => names::ALPN_TCP,
+        }
+    }
+
+    /// The name for logs.
+    pub fn label(self) -> &'static str {
+        match self {
+            Alpn::Http2 => "weft-h2",
+            Alpn::Http1 => "weft-h1",
+            Alpn::Tcp => "weft-tcp",
+        }
+    }
+
+    fn from_name(name: &[u8]) -> Option<Self> {
+        [Alpn::Http2, Alpn::Http1, Alpn::Tcp].into_iter().find(|alpn| alpn.name() == name)
+    }
+}
+
+/// Takes a connection as the server.
+///
+/// # Errors
+/// [`Failure::UntrustedPeer`] for a client without a valid identity of our trust domain,
+/// [`Failure::PlaintextRefused`] for plaintext and for TLS that is not the mesh's,
+/// [`Failure::NoIdentity`] where our own certificate has expired, [`Failure::Handshake`] for anything else.
+pub async fn accept(stream: Stream, credentials: &Credentials) -> Result<(Stream, VerifiedPeer, Alpn)> {
+    credentials.check_own_life()?;
+    let address = peer_address(&stream);
+    let explain = |error: io::Error| failed(&error, Role::Client, &address, credentials.id());
+    let tls = TlsAcceptor::from(credentials.server.clone()).accept(stream).await.map_err(explain)?;
+    let session = tls.get_ref().1;
+    let Some(alpn) = session.alpn_protocol().and_then(Alpn::from_name) else {
+        return Err(Failed::new(
+            Failure::PlaintextRefused,
+            format!("client {address} of {} named no mesh protocol (ALPN) in its TLS", credentials.id()),
+        ));
+    };
+    let peer = proven(session.peer_certificates(), Role::Client, &address)?;
+    Ok((TlsStream::from(tls).into(), peer, alpn))
+}
+
+/// Secures a dialled connection as the client, to one of the expected identities. Nothing is sent to any
+/// other; an empty list refuses everyone.
+///
+/// # Errors
+/// [`Failure::WrongIdentity`] for a peer of our trust domain that is not expected,
+/// [`Failure::UntrustedPeer`] for one without a valid identity, [`Failure::NoIdentity`] where our own
+/// certificate has expired, [`Failure::Handshake`] for anything else.
+pub async fn connect(
+    stream: Stream,
+    credentials: &Credentials,
+    expected: &[SpiffeId],
+    alpn: Alpn,
+) -> Result<(Stream, VerifiedPeer)> {
+    credentials.check_own_life()?;
+    let address = peer_address(&stream);
+    if expected.is_empty() {
+        return Err(Failed::new(
+            Failure::WrongIdentity,
+            format!("no identity is expected at {address}, so {} dials no one there", credentials.id()),
+        ));
+    }
+    let mut config = credentials.client.clone();
+    config.alpn_protocols = vec![alpn.name().to_vec()];
+    config.dangerous().set_certificate_verifier(Arc::new(ExpectServer::new(
+        vec![Anchor::Bundle(credentials.bundle().clone())],
+        expected.to_vec(),
+        credentials.provider.clone(),
+    )));
+    let explain = |error: io::Error| failed(&error, Role::Server, &address, credentials.id());
+    let name = server_name(&stream).map_err(explain)?;
+    let tls = TlsConnector::from(Arc::new(config)).connect(name, stream).await.map_err(explain)?;
+    let session = tls.get_ref().1;
+    if session.alpn_protocol() != Some(alpn.name()) {
+        return Err(Failed::new(
+            Failure::Handshake,
+            format!("server {address} did not agree to the protocol {} (ALPN)", alpn.label()),
+        ));
+    }
+    let peer = proven(session.peer_certificates(), Role::Server, &address)?;
+    Ok((TlsStream::from(tls).into(), peer))
+}
+
+/// Does this error of a read or write mean that the far side ended the handshake because it refuses our
+/// certificate or protocol? Then nothing was processed.
+pub fn refused_by_peer(error: &io::Error) -> bool {
+    use AlertDescription as Alert;
+    let alert = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    matches!(
+        alert,
+        Some(rustls::Error::AlertReceived(
+            Alert::BadCertificate
+                | Alert::UnsupportedCertificate
+                | Alert::CertificateRevoked
+                | Alert::CertificateExpired
+                | Alert::CertificateUnknown
+                | Alert::CertificateRequired
+                | Alert::UnknownCA
+                | Alert::AccessDenied
+                | Alert::DecryptError
+                | Alert::NoApplicationProtocol
+        ))
+    )
+}
+
+/// The proof, after a handshake whose verifier accepted this chain.
+fn proven(chain: Option<&[CertificateDer<'static>]>, role: Role, address: &str) -> Result<VerifiedPeer> {
+    let chain = chain.unwrap_or_default();
+    match chain.first().map(|leaf| Leaf::parse(leaf)) {
+        Some(Ok(leaf)) => Ok(VerifiedPeer::proven(leaf, chain, role)),
+        _ => {
+            Err(Failed::new(Failure::UntrustedPeer, format!("peer {address} showed no readable certificate")))
+        }
+    }
+}
+
+pub(super) fn peer_address(stream: &Stream) -> String {
+    stream.tcp().peer_addr().map_or_else(|_| "unknown address".to_owned(), |address| address.to_string())
+}
+
+/// rustls wants a name for the server; an address is never sent, and our verifier looks at no name.
+pub(super) fn server_name(stream: &Stream) -> io::Result<ServerName<'static>> {
+    Ok(ServerName::IpAddress(stream.tcp().peer_addr()?.ip().into()))
+}
+
+/// Puts a failed handshake into the words of the house.
+pub(super) fn failed(error: &io::Error, peer: Role, address: &str, own: impl std::fmt::Display) -> Failed {
+    let side = if peer == Role::Client { "client" } else { "server" };
+    let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    let (failure, reason) = match tls {
+        Some(rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner)))) => {
+            match inner.downcast_ref::<Failed>() {
+                Some(refused) => (refused.failure, refused.detail.clone()),
+                None => (Failure::UntrustedPeer, inner.to_string()),
+            }
+        }
+        Some(rustls::Error::InvalidCertificate(other)) => {
+            (Failure::UntrustedPeer, format!("its certificate is refused: {other}"))
+        }
+        Some(rustls::Error::NoCertificatesPresented) => {
+            (Failure::UntrustedPeer, "it showed no certificate, so no identity".to_owned())
+        }
+        Some(rustls::Error::NoApplicationProtocol) => {
+            (Failure::PlaintextRefused, "its TLS is not the mesh's (foreign ALPN)".to_owned())
+        }
+        Some(rustls::Error::InvalidMessage(_)) if peer == Role::Client => {
+            (Failure::PlaintextRefused, "it does not speak TLS (plaintext?)".to_owned())
+        }
+        Some(rustls::Error::InvalidMessage(_)) => {
+            (Failure::Handshake, "it does not speak TLS (plaintext? is a sidecar there?)".to_owned())
+        }
+        Some(rustls::Error::PeerIncompatible(why)) if peer == Role::Client => {
+            (Failure::PlaintextRefused, format!("its TLS is not the mesh's, which is TLS 1.3: {why:?}"))
+        }
+        Some(rustls::Error::AlertReceived(alert)) => {
+            (Failure::Handshake, format!("it refused us with the TLS alert {alert:?}"))
+        }
+        _ => (Failure::Handshake, format!("the TLS handshake failed: {error}")),
+    };
+    Failed::new(failure, format!("{side} {address} refused by {own}: {reason}"))
+}
