@@ -1,1 +1,16 @@
-//! Room `config`: to be built.
+//! Settings. As written: flags over `WEFT_*` variables over one file, every key known, every mistake listed at
+//! once with its place. As used: [`Config`], checked, no option left open. Traffic policy is not here: it changes
+//! at run time, and comes from the stores.
+
+mod keys;
+mod used;
+mod written;
+
+pub use keys::{KEYS, Key, arguments};
+pub use used::{
+    AccessLog, App, Authority, Config, DrainTimes, Limits, Mode, OwnService, Pin, Ports, Stores, Upstream,
+};
+pub use written::{Mistakes, Written};
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,13 @@
-//! Room `connect`: to be built.
+//! Connections to whom we call: dial, secure (mutual TLS to an expected identity), pool, send. A connection is
+//! lent only to calls with the same address, the same expected identities and the same protocol: a wrong reuse
+//! would be an identity leak.
+
+mod connector;
+mod failure;
+mod pool;
+mod trust;
+
+pub use connector::{Connector, Dialer, Secured, SocketMaker};
+pub use failure::SendFailed;
+pub use pool::{Key, Lease, Pool, Security, one_off};
+pub use trust::trust_ended;

@@ -1,1 +1,15 @@
-//! Room `http`: to be built.
+//! HTTP around hyper: serving a connection, bodies that report how they ended, requests that can be sent again,
+//! headers between hops (RFC 9110 7.6), answers of our own, upgrades. hyper does all framing.
+
+pub mod body;
+pub mod headers;
+mod replay;
+mod respond;
+mod server;
+mod upgrade;
+
+pub use body::{Body, BodyEnd, Ended};
+pub use replay::Replay;
+pub use respond::{answer, refuse_stream};
+pub use server::{HttpLimits, serve};
+pub use upgrade::{splice, wants_upgrade};

@@ -8,5 +8,5 @@ mod stream;
 
 pub use copy::{Copied, copy_both_ways};
 pub use original_destination::original_destination;
-pub use socket::{dial, listen, listen_shared, set_options};
+pub use socket::{dial, listen, listen_shared, reset, set_options};
 pub use stream::Stream;

@@ -1,1 +1,67 @@
-//! Room `serve`: to be built.
+//! Accept loops: each worker accepts on its own listener, under one cap of connections, until the drain says
+//! stop. A panic in a connection ends that connection and no other.
+
+use std::{future::Future, net::SocketAddr, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+
+use futures_util::FutureExt;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+};
+
+use crate::{drain::Draining, net};
+
+/// Pause after `accept` failed for want of descriptors or memory, so that the loop does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// What an accept loop tells of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Incident {
+    /// The cap of connections is reached; the connection was closed.
+    Full,
+    /// The task of a connection ended with a panic: a bug of ours.
+    Panicked,
+}
+
+/// Accepts connections and runs `handle` for each in a task of its own, until `stop` begins. A connection over
+/// the cap is closed at once rather than left waiting.
+pub async fn accept<Handle, Handling>(
+    listener: TcpListener,
+    places: Arc<Semaphore>,
+    mut stop: Draining,
+    tell: impl Fn(Incident, SocketAddr) + Clone + Send + 'static,
+    handle: Handle,
+) where
+    Handle: Fn(TcpStream, SocketAddr) -> Handling,
+    Handling: Future<Output = ()> + Send + 'static,
+{
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = stop.started() => return,
+        };
+        let (stream, client) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let Ok(place) = places.clone().try_acquire_owned() else {
+            tell(Incident::Full, client);
+            continue;
+        };
+        if let Err(error) = net::set_options(&stream) {
+            tracing::debug!(%error, %client, "cannot set the options of a connection");
+        }
+        let handling = AssertUnwindSafe(handle(stream, client)).catch_unwind();
+        let tell = tell.clone();
+        tokio::spawn(async move {
+            if handling.await.is_err() {
+                tell(Incident::Panicked, client);
+            }
+            drop(place);
+        });
+    }
+}

@@ -62,3 +62,11 @@ pub fn set_options(stream: &TcpStream) -> io::Result<()> {
     SockRef::from(stream)
         .set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE))
 }
+
+/// Makes the end of the connection a reset (RST) instead of a clean close, so that nobody takes a refusal for an
+/// empty answer.
+pub fn reset(stream: &super::Stream) {
+    if let Err(error) = SockRef::from(stream.tcp()).set_linger(Some(Duration::ZERO)) {
+        tracing::debug!(%error, "a connection closes cleanly where it should be reset");
+    }
+}

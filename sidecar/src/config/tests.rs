@@ -1,0 +1,96 @@
+use std::{fs, time::Duration};
+
+use clap::Command;
+
+use super::{Config, KEYS, Mistakes, Mode, Written, arguments};
+use crate::model::MutualTls;
+
+fn read(flags: &[&str], variables: &[(&str, &str)]) -> Result<Config, Mistakes> {
+    let flags = Command::new("test").no_binary_name(true).args(arguments()).get_matches_from(flags);
+    let variables = variables.iter().map(|(name, value)| (name.to_string(), value.to_string()));
+    Config::check(&Written::read(&flags, variables))
+}
+
+#[test]
+fn the_defaults_need_a_service_and_nothing_else() {
+    let config = read(&["--service", "orders"], &[]).unwrap();
+    assert_eq!(config.own.service.as_str(), "orders");
+    assert_eq!(config.mode, Mode::AllowAny);
+    assert_eq!(config.app.mutual_tls, MutualTls::Permissive);
+    assert!(config.authority.is_none());
+}
+
+#[test]
+fn flags_win_over_variables_and_variables_over_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("weft.yaml");
+    fs::write(&file, "service: from-file\nzone: from-file\ninstance: from-file\nport: [1, 2]\n").unwrap();
+    let config = read(
+        &["--config", file.to_str().unwrap(), "--service", "from-flag"],
+        &[("WEFT_SERVICE", "from-variable"), ("WEFT_ZONE", "from-variable"), ("HOME", "/")],
+    )
+    .unwrap();
+    assert_eq!(config.own.service.as_str(), "from-flag");
+    assert_eq!(config.own.zone.as_deref(), Some("from-variable"));
+    assert_eq!(config.own.instance, "from-file");
+    assert_eq!(config.app.ports, [1, 2]);
+}
+
+#[test]
+fn all_mistakes_are_told_at_once_each_with_its_place() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("weft.yaml");
+    fs::write(&file, "service: Orders\nserivces-dir: /\nworkers: [1, 2]\nmax-streams: many\n").unwrap();
+    let shown = file.display().to_string();
+    let Mistakes(mistakes) = read(
+        &["--config", &shown, "--port", "8080", "--inbound-port", "8080", "--token-file", "/nowhere/token"],
+        &[("WEFT_MODE", "allow"), ("WEFT_SERIVCE", "x"), ("WEFT_PORT", "0")],
+    )
+    .unwrap_err();
+    let all = mistakes.join("\n");
+    for expected in [
+        &format!("{shown}:1: `service` is \"Orders\""),
+        &format!("{shown}:2: `serivces-dir` is no setting"),
+        &format!("{shown}:3: `workers`: expected one value"),
+        &format!(
+            "{shown}:4: `max-streams` is \"many\" (out of range); expected a whole number from 1 to 10000"
+        ),
+        "--token-file: `token-file` is \"/nowhere/token\" (No such file",
+        "WEFT_MODE: `mode` is \"allow\" (unknown); expected allow-any or registry-only",
+        "WEFT_SERIVCE: no such setting",
+    ] {
+        assert!(all.contains(expected), "{expected}\nis not in\n{all}");
+    }
+}
+
+#[test]
+fn two_listeners_on_one_port_are_a_mistake() {
+    let Mistakes(mistakes) =
+        read(&["--service", "a", "--port", "8080", "--inbound-port", "8080"], &[]).unwrap_err();
+    assert_eq!(mistakes, ["--port: port 8080 is taken by --inbound-port; expected another"]);
+    let Mistakes(mistakes) =
+        read(&["--service", "a", "--upstream", "127.0.0.1:9000=b", "--upstream", "127.0.0.1:9000=c"], &[])
+            .unwrap_err();
+    assert_eq!(mistakes.len(), 1, "{mistakes:?}");
+}
+
+#[test]
+fn an_authority_needs_something_to_recognise_it_by() {
+    let Mistakes(mistakes) = read(&["--service", "a", "--authority", "ca:15080"], &[]).unwrap_err();
+    assert!(mistakes[0].contains("nothing to recognise the authority by"), "{mistakes:?}");
+    let hash = "ab".repeat(32);
+    let config =
+        read(&["--service", "a", "--authority", "ca:15080", "--authority-sha256", &hash], &[]).unwrap();
+    assert_eq!(config.authority.unwrap().address, "ca:15080");
+}
+
+#[test]
+fn every_setting_has_help_and_a_name_of_its_own() {
+    let mut names: Vec<_> = KEYS.iter().map(|key| key.name).collect();
+    names.sort_unstable();
+    names.dedup();
+    assert_eq!(names.len(), KEYS.len());
+    assert!(KEYS.iter().all(|key| !key.help.is_empty() && !key.value.is_empty()));
+    let config = read(&["--service", "a", "--settle-time", "1500ms"], &[]).unwrap();
+    assert_eq!(config.drain.settle, Duration::from_millis(1500));
+}

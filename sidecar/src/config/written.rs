@@ -1,0 +1,165 @@
+//! Settings as written: which text stands where. Nothing is understood here beyond the names of the keys.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::{Path, PathBuf},
+};
+
+use clap::ArgMatches;
+use serde_saphyr::Spanned;
+use weft_proto::names::ENV_PREFIX;
+
+use super::keys::{KEYS, Key};
+
+/// Values as text, with the place where each stands.
+#[derive(Debug, Default)]
+pub struct Written {
+    entries: BTreeMap<&'static str, Entry>,
+    mistakes: Vec<String>,
+}
+
+/// One setting as it was written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// At least one, unless the value was an empty list.
+    pub values: Vec<String>,
+    /// For error texts: the flag, the variable, or file and line.
+    pub place: String,
+}
+
+/// Everything that is wrong with the settings, one line each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mistakes(pub Vec<String>);
+
+/// Variables with our prefix that are no settings.
+const OTHER_VARIABLES: [&str; 2] = ["WEFT_CONFIG", "WEFT_TESTS_ALLOW_SKIP"];
+/// A settings file is small; a larger one is not ours.
+const MAX_FILE_BYTES: u64 = 1024 * 1024;
+
+impl Written {
+    /// Reads flags, then `WEFT_*` variables, then the file that `--config` or `WEFT_CONFIG` names. The first of
+    /// the three that has a key wins.
+    pub fn read(flags: &ArgMatches, variables: impl IntoIterator<Item = (String, String)>) -> Self {
+        let variables: BTreeMap<String, String> =
+            variables.into_iter().filter(|(name, _)| name.starts_with(ENV_PREFIX)).collect();
+        let mut written = Written::default();
+        written.take_flags(flags);
+        written.take_variables(&variables);
+        let file = flags.get_one::<String>("config").or(variables.get("WEFT_CONFIG")).map(PathBuf::from);
+        if let Some(file) = file {
+            written.take_file(&file);
+        }
+        written
+    }
+
+    /// The entry of a key, where somebody wrote one.
+    pub fn entry(&self, name: &str) -> Option<&Entry> {
+        self.entries.get(name)
+    }
+
+    /// What was wrong while reading.
+    pub fn mistakes(&self) -> &[String] {
+        &self.mistakes
+    }
+
+    fn take_flags(&mut self, flags: &ArgMatches) {
+        for key in KEYS {
+            let Ok(Some(values)) = flags.try_get_many::<String>(key.name) else { continue };
+            self.put(key, values.cloned().collect(), format!("--{}", key.name));
+        }
+    }
+
+    fn take_variables(&mut self, variables: &BTreeMap<String, String>) {
+        for (name, value) in variables {
+            if OTHER_VARIABLES.contains(&name.as_str()) {
+                continue;
+            }
+            match KEYS.iter().find(|key| key.variable() == *name) {
+                Some(key) if key.many => {
+                    let values =
+                        value.split(',').map(|part| part.trim().to_owned()).filter(|part| !part.is_empty());
+                    self.put(key, values.collect(), name.clone());
+                }
+                Some(key) => self.put(key, vec![value.clone()], name.clone()),
+                None => self
+                    .mistakes
+                    .push(format!("{name}: no such setting; `weft-sidecar run --help` lists them")),
+            }
+        }
+    }
+
+    fn take_file(&mut self, path: &Path) {
+        let shown = path.display();
+        let text = match read_small(path) {
+            Ok(text) => text,
+            Err(error) => return self.mistakes.push(format!("{shown}: cannot be read: {error}")),
+        };
+        let document: BTreeMap<String, Spanned<serde_json::Value>> = match serde_saphyr::from_str(&text) {
+            Ok(document) => document,
+            Err(error) => {
+                let line =
+                    error.location().map(|location| format!(":{}", location.line())).unwrap_or_default();
+                return self.mistakes.push(format!("{shown}{line}: {}", first_line(&error.to_string())));
+            }
+        };
+        for (name, value) in document {
+            let place = format!("{shown}:{}", value.referenced.line());
+            let Some(key) = KEYS.iter().find(|key| key.name == name) else {
+                self.mistakes
+                    .push(format!("{place}: `{name}` is no setting; `weft-sidecar run --help` lists them"));
+                continue;
+            };
+            match texts(&value.value) {
+                Some(values) if values.len() == 1 || key.many => self.put(key, values, place),
+                _ => {
+                    let expected = if key.many { "a value or a list of values" } else { "one value" };
+                    self.mistakes.push(format!("{place}: `{name}`: expected {expected}"));
+                }
+            }
+        }
+    }
+
+    fn put(&mut self, key: &Key, values: Vec<String>, place: String) {
+        self.entries.entry(key.name).or_insert(Entry { values, place });
+    }
+}
+
+fn read_small(path: &Path) -> std::io::Result<String> {
+    let size = std::fs::metadata(path)?.len();
+    if size > MAX_FILE_BYTES {
+        return Err(std::io::Error::other(format!("{size} bytes; expected at most {MAX_FILE_BYTES}")));
+    }
+    std::fs::read_to_string(path)
+}
+
+/// A scalar, or a list of scalars, as text.
+fn texts(value: &serde_json::Value) -> Option<Vec<String>> {
+    match value {
+        serde_json::Value::Array(items) => items.iter().map(scalar).collect(),
+        other => scalar(other).map(|text| vec![text]),
+    }
+}
+
+fn scalar(value: &serde_json::Value) -> Option<String> {
+    match value {
+        serde_json::Value::String(text) => Some(text.clone()),
+        serde_json::Value::Number(number) => Some(number.to_string()),
+        serde_json::Value::Bool(truth) => Some(truth.to_string()),
+        _ => None,
+    }
+}
+
+fn first_line(text: &str) -> &str {
+    text.lines().next().unwrap_or_default()
+}
+
+impl fmt::Display for Mistakes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let count = self.0.len();
+        writeln!(f, "the settings have {count} {}:", if count == 1 { "mistake" } else { "mistakes" })?;
+        self.0.iter().try_for_each(|mistake| writeln!(f, "  {mistake}"))
+    }
+}
+
+impl std::error::Error for Mistakes {}

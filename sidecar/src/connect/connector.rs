@@ -1,0 +1,115 @@
+//! Dials an address and, towards a peer of the mesh, proves both sides before a byte of a request is written.
+
+use std::{future::Future, io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    sync::watch,
+};
+
+use super::Security;
+use crate::{
+    model::{Failed, Failure, Result},
+    net::{self, Stream},
+    tls::{self, Alpn, Credentials, VerifiedPeer},
+};
+
+/// Makes an unconnected socket, IPv6 where asked: for an app that lives in a network namespace of its own.
+pub type SocketMaker =
+    Arc<dyn Fn(bool) -> Pin<Box<dyn Future<Output = io::Result<TcpSocket>> + Send>> + Send + Sync>;
+
+/// Where sockets come from.
+#[derive(Clone)]
+pub enum Dialer {
+    /// The sidecar's own network namespace.
+    Direct,
+    /// The namespace of the app, which hands its sockets out.
+    Handed(SocketMaker),
+}
+
+impl Dialer {
+    async fn dial(&self, address: SocketAddr) -> io::Result<TcpStream> {
+        match self {
+            Dialer::Direct => net::dial(address).await,
+            Dialer::Handed(make) => {
+                let stream = make(address.is_ipv6()).await?.connect(address).await?;
+                net::set_options(&stream)?;
+                Ok(stream)
+            }
+        }
+    }
+}
+
+/// Dials, and secures with our own identity.
+#[derive(Clone)]
+pub struct Connector {
+    dialer: Dialer,
+    credentials: watch::Receiver<Option<Arc<Credentials>>>,
+}
+
+/// A connection and, in the mesh, the proven other side.
+pub struct Secured {
+    /// The bytes.
+    pub stream: Stream,
+    /// Who is there; none in plaintext.
+    pub peer: Option<VerifiedPeer>,
+}
+
+impl Connector {
+    /// `credentials` are taken anew for each connection.
+    pub fn new(dialer: Dialer, credentials: watch::Receiver<Option<Arc<Credentials>>>) -> Self {
+        Connector { dialer, credentials }
+    }
+
+    /// Our own credentials, to watch.
+    pub fn credentials(&self) -> &watch::Receiver<Option<Arc<Credentials>>> {
+        &self.credentials
+    }
+
+    /// Opens a connection within `limit`, TCP and TLS together.
+    ///
+    /// # Errors
+    /// The `connect_*` failures, `no_identity`, and those of the handshake.
+    pub async fn connect(
+        &self,
+        address: SocketAddr,
+        security: &Security,
+        alpn: Alpn,
+        limit: Duration,
+    ) -> Result<Secured> {
+        match tokio::time::timeout(limit, self.open(address, security, alpn)).await {
+            Ok(opened) => opened,
+            Err(_) => {
+                let detail = format!("{address}: no connection within {}", humantime::format_duration(limit));
+                Err(Failed::new(Failure::ConnectTimeout, detail))
+            }
+        }
+    }
+
+    async fn open(&self, address: SocketAddr, security: &Security, alpn: Alpn) -> Result<Secured> {
+        let Security::Mesh(expected) = security else {
+            let stream = self.dialer.dial(address).await.map_err(|error| dial_failed(address, &error))?;
+            return Ok(Secured { stream: stream.into(), peer: None });
+        };
+        let Some(credentials) = self.credentials.borrow().clone() else {
+            return Err(Failed::new(
+                Failure::NoIdentity,
+                format!("{address}: we have no valid certificate yet"),
+            ));
+        };
+        let stream = self.dialer.dial(address).await.map_err(|error| dial_failed(address, &error))?;
+        let (stream, peer) = tls::connect(stream.into(), &credentials, expected, alpn)
+            .await
+            .map_err(|failed| Failed::new(failed.failure, format!("{address}: {}", failed.detail)))?;
+        Ok(Secured { stream, peer: Some(peer) })
+    }
+}
+
+fn dial_failed(address: SocketAddr, error: &io::Error) -> Failed {
+    let failure = match error.kind() {
+        io::ErrorKind::ConnectionRefused => Failure::ConnectRefused,
+        io::ErrorKind::TimedOut => Failure::ConnectTimeout,
+        _ => Failure::ConnectUnreachable,
+    };
+    Failed::new(failure, format!("{address}: {error}"))
+}

@@ -1,0 +1,383 @@
+//! Open HTTP connections, lent to calls. HTTP/2 connections are shared by as many streams as their window
+//! holds; HTTP/1 connections go to one call at a time. Each worker has its own pool.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use hyper::{
+    Request, Response,
+    body::Incoming,
+    client::conn::{http1, http2},
+};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::{sync::watch, time::Instant};
+use weft_proto::spiffe::SpiffeId;
+
+use super::{Connector, Secured, SendFailed, trust_ended};
+use crate::{
+    http::Body,
+    model::{Failed, Failure, HttpVersion, Result},
+    tls::Alpn,
+};
+
+/// What must be the same for a connection to be used again.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// Where it goes.
+    pub address: SocketAddr,
+    /// Whom it must have proven.
+    pub security: Security,
+    /// What it speaks.
+    pub version: HttpVersion,
+}
+
+/// How a connection is secured.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Security {
+    /// Not at all: to the app on this host, or to a service outside the mesh.
+    Plain,
+    /// Mutual TLS with a peer that has one of these identities.
+    Mesh(Arc<[SpiffeId]>),
+}
+
+/// Streams on one HTTP/2 connection; the far side's connection window holds as many full stream windows.
+const STREAMS_PER_CONNECTION: usize = 100;
+/// Bytes a peer may send on one stream before the reader has taken them.
+const STREAM_WINDOW: u32 = 256 * 1024;
+/// Connections to one key; past it a call is refused rather than queued without bound.
+const CONNECTIONS_PER_KEY: usize = 256;
+/// Idle HTTP/1 connections kept per key.
+const IDLE_PER_KEY: usize = 64;
+/// An idle connection is closed after this long.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// A silent HTTP/2 peer with open streams is asked whether it lives after this long.
+const PING_AFTER: Duration = Duration::from_secs(10);
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
+/// New calls leave a connection this long before its peer's certificate ends.
+const RETIRE_AHEAD: Duration = Duration::from_secs(1);
+
+/// The connections of one worker.
+pub struct Pool {
+    connector: Connector,
+    shelves: Mutex<HashMap<Key, Shelf>>,
+}
+
+#[derive(Default)]
+struct Shelf {
+    http2: Vec<Arc<Http2>>,
+    /// A dial is under way; whoever waits for it hears how it ended.
+    dialing: Option<watch::Receiver<Option<Result<()>>>>,
+    http1: Vec<Idle>,
+}
+
+struct Http2 {
+    sender: http2::SendRequest<Body>,
+    streams: AtomicUsize,
+    /// Takes no new streams: its trust is ending.
+    retired: AtomicBool,
+    idle_since: Mutex<Instant>,
+}
+
+struct Idle {
+    sender: http1::SendRequest<Body>,
+    since: Instant,
+    retired: Arc<AtomicBool>,
+}
+
+/// A connection for one call.
+pub struct Lease {
+    connection: Connection,
+    /// The connection was used before: it may have been closed by the other side meanwhile.
+    pub reused: bool,
+}
+
+enum Connection {
+    Http2(Http2Stream),
+    Http1 { sender: http1::SendRequest<Body>, home: Option<(Arc<Pool>, Key)>, retired: Arc<AtomicBool> },
+}
+
+/// One stream of an HTTP/2 connection; gives its place back when dropped.
+struct Http2Stream(Arc<Http2>);
+
+/// Keeps a connection in use until the answer's body has ended.
+pub struct InUse {
+    connection: Connection,
+}
+
+impl Pool {
+    /// An empty pool that dials with `connector`.
+    pub fn new(connector: Connector) -> Arc<Self> {
+        Arc::new(Pool { connector, shelves: Mutex::new(HashMap::new()) })
+    }
+
+    /// Lends a connection, dialling within `limit` where none is free.
+    ///
+    /// # Errors
+    /// Those of [`Connector::connect`]; `overloaded` past the bound of connections.
+    pub async fn lend(self: &Arc<Self>, key: &Key, limit: Duration) -> Result<Lease> {
+        match key.version {
+            HttpVersion::Http2 => self.lend_http2(key, limit).await,
+            HttpVersion::Http1 => self.lend_http1(key, limit).await,
+        }
+    }
+
+    async fn lend_http2(self: &Arc<Self>, key: &Key, limit: Duration) -> Result<Lease> {
+        let mut reused = true;
+        loop {
+            let mut dialing = match self.take_or_dial(key, limit)? {
+                Ok(stream) => return Ok(Lease { connection: Connection::Http2(stream), reused }),
+                Err(dialing) => dialing,
+            };
+            reused = false;
+            let outcome = dialing.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone());
+            outcome
+                .unwrap_or_else(|| Err(Failed::new(Failure::Internal, "a dial ended without an outcome")))?;
+        }
+    }
+
+    /// A free stream, or the dial to wait for.
+    fn take_or_dial(
+        self: &Arc<Self>,
+        key: &Key,
+        limit: Duration,
+    ) -> Result<std::result::Result<Http2Stream, watch::Receiver<Option<Result<()>>>>> {
+        let mut shelves = self.shelves();
+        if !shelves.contains_key(key) {
+            shelves.insert(key.clone(), Shelf::default());
+        }
+        let Some(shelf) = shelves.get_mut(key) else {
+            return Err(Failed::new(Failure::Internal, "a shelf of the pool vanished"));
+        };
+        shelf.http2.retain(|connection| connection.is_usable());
+        if let Some(stream) = shelf.http2.iter().find_map(Http2Stream::take) {
+            return Ok(Ok(stream));
+        }
+        if let Some(dialing) = &shelf.dialing {
+            return Ok(Err(dialing.clone()));
+        }
+        if shelf.http2.len() >= CONNECTIONS_PER_KEY {
+            let detail = format!("{}: {CONNECTIONS_PER_KEY} connections are full", key.address);
+            return Err(Failed::new(Failure::Overloaded, detail));
+        }
+        let (tell, dialing) = watch::channel(None);
+        shelf.dialing = Some(dialing.clone());
+        // A task of its own: the call that began the dial may go away, the others still wait for it.
+        tokio::spawn(self.clone().dial_http2(key.clone(), limit, tell));
+        Ok(Err(dialing))
+    }
+
+    async fn dial_http2(self: Arc<Self>, key: Key, limit: Duration, tell: watch::Sender<Option<Result<()>>>) {
+        let opened = self.open_http2(&key, limit).await;
+        let mut shelves = self.shelves();
+        let outcome = opened.map(|connection| shelves.entry(key.clone()).or_default().http2.push(connection));
+        if let Some(shelf) = shelves.get_mut(&key) {
+            shelf.dialing = None;
+        }
+        drop(shelves);
+        tell.send_replace(Some(outcome));
+    }
+
+    async fn open_http2(self: &Arc<Self>, key: &Key, limit: Duration) -> Result<Arc<Http2>> {
+        let secured = self.connector.connect(key.address, &key.security, Alpn::Http2, limit).await?;
+        let Secured { stream, peer } = secured;
+        let (sender, driver) = http2_builder()
+            .handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| SendFailed::from_hyper(&error, true).failed)?;
+        let connection = Arc::new(Http2 {
+            sender,
+            streams: AtomicUsize::new(0),
+            retired: AtomicBool::new(false),
+            idle_since: Mutex::new(Instant::now()),
+        });
+        let weak = Arc::downgrade(&connection);
+        let credentials = self.connector.credentials().clone();
+        tokio::spawn(async move {
+            let mut driver = std::pin::pin!(driver);
+            if let Some(peer) = &peer {
+                tokio::select! {
+                    _ = driver.as_mut() => return,
+                    () = trust_ended(peer, credentials, RETIRE_AHEAD) => {}
+                }
+                // Open streams go on to their end; the pool lets go, and the driver ends with the last one.
+                if let Some(connection) = weak.upgrade() {
+                    connection.retired.store(true, Ordering::Relaxed);
+                }
+            }
+            if let Err(error) = driver.await {
+                tracing::debug!(%error, "an HTTP/2 connection broke");
+            }
+        });
+        Ok(connection)
+    }
+
+    async fn lend_http1(self: &Arc<Self>, key: &Key, limit: Duration) -> Result<Lease> {
+        let home = Some((self.clone(), key.clone()));
+        if let Some(Idle { sender, retired, .. }) = self.take_idle(key) {
+            return Ok(Lease { connection: Connection::Http1 { sender, home, retired }, reused: true });
+        }
+        let (sender, retired) = open_http1(&self.connector, key, limit).await?;
+        Ok(Lease { connection: Connection::Http1 { sender, home, retired }, reused: false })
+    }
+
+    fn take_idle(&self, key: &Key) -> Option<Idle> {
+        let mut shelves = self.shelves();
+        let shelf = shelves.get_mut(key)?;
+        shelf.http1.retain(|idle| !idle.sender.is_closed() && !idle.retired.load(Ordering::Relaxed));
+        // The youngest first: the others may grow old and be closed.
+        let ready = shelf.http1.iter().rposition(|idle| idle.sender.is_ready())?;
+        Some(shelf.http1.swap_remove(ready))
+    }
+
+    fn take_back(&self, key: Key, sender: http1::SendRequest<Body>, retired: Arc<AtomicBool>) {
+        if sender.is_closed() || retired.load(Ordering::Relaxed) {
+            return;
+        }
+        let mut shelves = self.shelves();
+        let shelf = shelves.entry(key).or_default();
+        if shelf.http1.len() < IDLE_PER_KEY {
+            shelf.http1.push(Idle { sender, since: Instant::now(), retired });
+        }
+    }
+
+    /// Closes connections that were idle for too long. Called now and then.
+    pub fn sweep(&self) {
+        let now = Instant::now();
+        self.shelves().retain(|_, shelf| {
+            shelf.http2.retain(|connection| connection.is_usable() && !connection.is_idle(now));
+            shelf
+                .http1
+                .retain(|idle| !idle.sender.is_closed() && now.duration_since(idle.since) < IDLE_TIMEOUT);
+            !shelf.http2.is_empty() || !shelf.http1.is_empty() || shelf.dialing.is_some()
+        });
+    }
+
+    fn shelves(&self) -> MutexGuard<'_, HashMap<Key, Shelf>> {
+        self.shelves.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An HTTP/1 connection that is not shared and not kept: for upgrades and CONNECT.
+///
+/// # Errors
+/// Those of [`Connector::connect`].
+pub async fn one_off(connector: &Connector, key: &Key, limit: Duration) -> Result<Lease> {
+    let (sender, retired) = open_http1(connector, key, limit).await?;
+    Ok(Lease { connection: Connection::Http1 { sender, home: None, retired }, reused: false })
+}
+
+async fn open_http1(
+    connector: &Connector,
+    key: &Key,
+    limit: Duration,
+) -> Result<(http1::SendRequest<Body>, Arc<AtomicBool>)> {
+    let Secured { stream, peer } = connector.connect(key.address, &key.security, Alpn::Http1, limit).await?;
+    let (sender, driver) = http1::Builder::new()
+        .title_case_headers(true)
+        .handshake(TokioIo::new(stream))
+        .await
+        .map_err(|error| SendFailed::from_hyper(&error, true).failed)?;
+    let retired = Arc::new(AtomicBool::new(false));
+    let retire = retired.clone();
+    let credentials = connector.credentials().clone();
+    tokio::spawn(async move {
+        let mut driver = std::pin::pin!(driver.with_upgrades());
+        if let Some(peer) = &peer {
+            tokio::select! {
+                _ = driver.as_mut() => return,
+                () = trust_ended(peer, credentials, RETIRE_AHEAD) => retire.store(true, Ordering::Relaxed),
+            }
+        }
+        if let Err(error) = driver.await {
+            tracing::debug!(%error, "an HTTP/1 connection broke");
+        }
+    });
+    Ok((sender, retired))
+}
+
+fn http2_builder() -> http2::Builder<TokioExecutor> {
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(STREAM_WINDOW * STREAMS_PER_CONNECTION as u32)
+        .keep_alive_interval(PING_AFTER)
+        .keep_alive_timeout(PING_TIMEOUT);
+    builder
+}
+
+impl Http2 {
+    fn is_usable(&self) -> bool {
+        !self.retired.load(Ordering::Relaxed) && !self.sender.is_closed()
+    }
+
+    fn is_idle(&self, now: Instant) -> bool {
+        let since = *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner);
+        self.streams.load(Ordering::Relaxed) == 0 && now.duration_since(since) >= IDLE_TIMEOUT
+    }
+}
+
+impl Http2Stream {
+    fn take(connection: &Arc<Http2>) -> Option<Self> {
+        // Only this worker takes streams of this connection, so that load and add need not be one step.
+        if connection.streams.load(Ordering::Relaxed) >= STREAMS_PER_CONNECTION {
+            return None;
+        }
+        connection.streams.fetch_add(1, Ordering::Relaxed);
+        Some(Http2Stream(connection.clone()))
+    }
+}
+
+impl Drop for Http2Stream {
+    fn drop(&mut self) {
+        if self.0.streams.fetch_sub(1, Ordering::Relaxed) == 1 {
+            *self.0.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        }
+    }
+}
+
+impl Lease {
+    /// Sends a request and waits for the head of its answer. The connection stays in use until the returned
+    /// guard is dropped or finished.
+    ///
+    /// # Errors
+    /// What happened, and whether it is certain that nothing was processed.
+    pub async fn send(
+        self,
+        request: Request<Body>,
+    ) -> std::result::Result<(Response<Incoming>, InUse), SendFailed> {
+        match self.connection {
+            Connection::Http2(stream) => {
+                let mut sender = stream.0.sender.clone();
+                let response = sender
+                    .try_send_request(request)
+                    .await
+                    .map_err(|error| SendFailed::from_hyper(error.error(), error.message().is_some()))?;
+                Ok((response, InUse { connection: Connection::Http2(stream) }))
+            }
+            Connection::Http1 { mut sender, home, retired } => {
+                let response = sender
+                    .try_send_request(request)
+                    .await
+                    .map_err(|error| SendFailed::from_hyper(error.error(), error.message().is_some()))?;
+                Ok((response, InUse { connection: Connection::Http1 { sender, home, retired } }))
+            }
+        }
+    }
+}
+
+impl InUse {
+    /// The answer's body was read to its end: the connection may serve another call.
+    pub fn finished(self) {
+        if let Connection::Http1 { sender, home: Some((pool, key)), retired } = self.connection {
+            pool.take_back(key, sender, retired);
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! Where nobody declared a protocol and the client is silent, the server may be the one to speak first (MySQL,
+//! SMTP, SSH). Both sides are listened to, and whoever speaks first decides.
+
+use std::{io, time::Duration};
+
+use bytes::BytesMut;
+use tokio::io::AsyncReadExt;
+
+use super::{Heard, ReadAhead, read_ahead};
+use crate::net::Stream;
+
+/// Who spoke first. What was said is still to be read from the stream.
+#[derive(Debug)]
+pub enum FirstToSpeak {
+    /// The client, and what it began with.
+    Client(ReadAhead),
+    /// The server, or it closed its side.
+    Server,
+}
+
+/// A pause within the client's first bytes is no silence.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Enough for a greeting; the rest stays in the socket.
+const GREETING: usize = 4096;
+
+/// Waits for the first byte of either side. No time limit: two silent sides are an idle connection.
+///
+/// # Errors
+/// What reading either stream says.
+pub async fn first_to_speak(client: &mut Stream, server: &mut Stream) -> io::Result<FirstToSpeak> {
+    let mut greeting = BytesMut::with_capacity(GREETING);
+    let first = tokio::select! {
+        heard = wait_for_client(client) => FirstToSpeak::Client(heard?),
+        read = server.read_buf(&mut greeting) => { read?; FirstToSpeak::Server }
+    };
+    if !greeting.is_empty() {
+        server.unread(greeting.freeze());
+    }
+    Ok(first)
+}
+
+async fn wait_for_client(client: &mut Stream) -> io::Result<ReadAhead> {
+    loop {
+        let ahead = read_ahead(client, PAUSE).await?;
+        if ahead.heard != Heard::Silence || !ahead.bytes.is_empty() {
+            return Ok(ahead);
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! The one body type of the house. It passes frames on as they come, counts bytes, and tells an observer once
+//! how it ended: complete, cut by its source, or abandoned by its reader.
+
+use std::{
+    error::Error,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use http_body::{Frame, SizeHint};
+use hyper::{body::Incoming, header::HeaderMap};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use super::replay::ReplayBody;
+
+/// What a body reports when its source fails. A server that gets it cuts the connection or resets the stream,
+/// so that a broken body is never taken for a whole one.
+pub type BodyError = Box<dyn Error + Send + Sync>;
+
+/// A message body.
+pub struct Body {
+    source: Source,
+    bytes: u64,
+    grpc_status: Option<u16>,
+    deadline: Option<Pin<Box<Sleep>>>,
+    observer: Option<Observer>,
+}
+
+/// Called once, when the body has ended.
+type Observer = Box<dyn FnOnce(Ended) + Send>;
+
+enum Source {
+    Empty,
+    Whole(Bytes),
+    Incoming(Incoming),
+    Replay(ReplayBody),
+}
+
+/// How a body ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// Data bytes that went through.
+    pub bytes: u64,
+    /// `grpc-status` of the trailers, where there was one.
+    pub grpc_status: Option<u16>,
+    /// In which way.
+    pub how: BodyEnd,
+}
+
+/// In which way a body ended.
+#[derive(Debug)]
+pub enum BodyEnd {
+    /// All of it was passed on.
+    Complete,
+    /// Its source broke off, with the reason.
+    Cut(String),
+    /// Its reader went away.
+    Abandoned,
+}
+
+impl Body {
+    /// No bytes.
+    pub fn empty() -> Self {
+        Body::of(Source::Empty)
+    }
+
+    /// Bytes that are all here.
+    pub fn whole(bytes: impl Into<Bytes>) -> Self {
+        Body::of(Source::Whole(bytes.into()))
+    }
+
+    pub(super) fn replay(body: ReplayBody) -> Self {
+        Body::of(Source::Replay(body))
+    }
+
+    /// Has `observer` called when this body has ended, in the task of whoever reads it.
+    pub fn observed(mut self, observer: impl FnOnce(Ended) + Send + 'static) -> Self {
+        debug_assert!(self.observer.is_none(), "a body has one observer");
+        self.observer = Some(Box::new(observer));
+        self
+    }
+
+    /// Breaks off at that time, if it has not ended by then.
+    pub fn until(mut self, deadline: Option<Instant>) -> Self {
+        self.deadline = deadline.filter(|_| !self.source.is_end()).map(|at| Box::pin(sleep_until(at)));
+        self
+    }
+
+    fn of(source: Source) -> Self {
+        Body { source, bytes: 0, grpc_status: None, deadline: None, observer: None }
+    }
+
+    fn ended(&mut self, how: BodyEnd) {
+        if let Some(observer) = self.observer.take() {
+            observer(Ended { bytes: self.bytes, grpc_status: self.grpc_status, how });
+        }
+    }
+}
+
+impl From<Incoming> for Body {
+    fn from(incoming: Incoming) -> Self {
+        Body::of(Source::Incoming(incoming))
+    }
+}
+
+impl Source {
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match self {
+            Source::Empty => Poll::Ready(None),
+            Source::Whole(bytes) if bytes.is_empty() => Poll::Ready(None),
+            Source::Whole(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
+            Source::Incoming(incoming) => {
+                let polled = http_body::Body::poll_frame(Pin::new(incoming), context);
+                polled.map(|frame| frame.map(|read| read.map_err(Into::into)))
+            }
+            Source::Replay(replay) => replay.poll(context),
+        }
+    }
+
+    fn is_end(&self) -> bool {
+        match self {
+            Source::Empty => true,
+            Source::Whole(bytes) => bytes.is_empty(),
+            Source::Incoming(incoming) => http_body::Body::is_end_stream(incoming),
+            Source::Replay(replay) => replay.is_end(),
+        }
+    }
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let mut polled = self.source.poll(context);
+        if polled.is_pending()
+            && let Some(deadline) = &mut self.deadline
+            && deadline.as_mut().poll(context).is_ready()
+        {
+            polled = Poll::Ready(Some(Err("the deadline of the request is over".into())));
+        }
+        let polled = ready!(polled);
+        match &polled {
+            Some(Ok(frame)) => {
+                if let Some(data) = frame.data_ref() {
+                    self.bytes += data.len() as u64;
+                } else if let Some(trailers) = frame.trailers_ref() {
+                    self.grpc_status = grpc_status(trailers);
+                }
+                if self.source.is_end() {
+                    self.ended(BodyEnd::Complete);
+                }
+            }
+            Some(Err(error)) => {
+                let reason = error.to_string();
+                self.ended(BodyEnd::Cut(reason));
+            }
+            None => self.ended(BodyEnd::Complete),
+        }
+        Poll::Ready(polled)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.source.is_end()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.source {
+            Source::Empty => SizeHint::with_exact(0),
+            Source::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Source::Incoming(incoming) => http_body::Body::size_hint(incoming),
+            Source::Replay(replay) => replay.size_hint(),
+        }
+    }
+}
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        if self.observer.is_some() {
+            // A reader that knows the length stops without asking for the end.
+            let whole = self.source.is_end() || http_body::Body::size_hint(self).exact() == Some(0);
+            self.ended(if whole { BodyEnd::Complete } else { BodyEnd::Abandoned });
+        }
+    }
+}
+
+/// The gRPC status of trailers, or of the head of an answer that has no body.
+pub fn grpc_status(headers: &HeaderMap) -> Option<u16> {
+    headers.get("grpc-status")?.to_str().ok()?.parse().ok()
+}

@@ -1,0 +1,101 @@
+use hyper::{HeaderMap, Request, Version, http::uri::Authority};
+
+use super::{authority, frame_for, remove_ours, remove_per_hop};
+use crate::model::{Failure, HttpVersion};
+
+fn request(version: Version, uri: &str, headers: &[(&str, &str)]) -> Request<()> {
+    let mut builder = Request::builder().version(version).uri(uri);
+    for (name, value) in headers {
+        builder = builder.header(*name, *value);
+    }
+    builder.body(()).unwrap()
+}
+
+#[test]
+fn a_host_that_reads_two_ways_is_refused() {
+    let cases: [(Version, &str, &[(&str, &str)]); 7] = [
+        (Version::HTTP_11, "/", &[]),
+        (Version::HTTP_11, "/", &[("host", "a"), ("host", "a")]),
+        (Version::HTTP_11, "/", &[("host", "a/b")]),
+        (Version::HTTP_11, "/", &[("host", "user@a")]),
+        (Version::HTTP_11, "/", &[("host", "a b")]),
+        (Version::HTTP_11, "http://user@a/", &[("host", "a")]),
+        (Version::HTTP_2, "http://a/", &[("host", "b")]),
+    ];
+    for (version, uri, headers) in cases {
+        let refused = authority(&request(version, uri, headers)).unwrap_err();
+        assert_eq!(refused.failure, Failure::BadRequest, "{version:?} {uri} {headers:?}");
+    }
+}
+
+#[test]
+fn the_target_wins_over_host_and_old_clients_may_name_none() {
+    let read = |version, uri, headers: &[(&str, &str)]| {
+        authority(&request(version, uri, headers)).unwrap().map(|found| found.to_string())
+    };
+    assert_eq!(read(Version::HTTP_11, "/x", &[("host", "orders:80")]), Some("orders:80".into()));
+    assert_eq!(read(Version::HTTP_11, "http://a/x", &[("host", "b")]), Some("a".into()));
+    assert_eq!(read(Version::HTTP_2, "http://a/x", &[("host", "a")]), Some("a".into()));
+    assert_eq!(read(Version::HTTP_10, "/x", &[]), None);
+    assert_eq!(read(Version::HTTP_11, "/x", &[("host", "")]), None);
+}
+
+#[test]
+fn what_belongs_to_one_connection_stays_there() {
+    let mut headers = HeaderMap::new();
+    for (name, value) in [
+        ("connection", "keep-alive, X-Secret , close"),
+        ("keep-alive", "timeout=5"),
+        ("proxy-connection", "x"),
+        ("transfer-encoding", "chunked"),
+        ("upgrade", "h2c"),
+        ("x-secret", "1"),
+        ("te", "gzip, trailers"),
+        ("x-kept", "1"),
+    ] {
+        headers.insert(name, value.parse().unwrap());
+    }
+    remove_per_hop(&mut headers);
+    let mut left: Vec<_> =
+        headers.iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap())).collect();
+    left.sort_unstable();
+    assert_eq!(left, [("te", "trailers"), ("x-kept", "1")]);
+}
+
+#[test]
+fn nobody_else_sets_our_headers() {
+    let mut headers = HeaderMap::new();
+    for name in ["x-weft-deadline", "x-weft-anything", "x-other"] {
+        headers.append(name, "1".parse().unwrap());
+    }
+    remove_ours(&mut headers);
+    assert_eq!(headers.keys().map(|name| name.as_str()).collect::<Vec<_>>(), ["x-other"]);
+}
+
+#[test]
+fn a_request_changes_its_framing_and_says_the_same() {
+    let fallback = || Authority::from_static("fallback");
+    let mut there = request(Version::HTTP_11, "/a?b=c", &[("host", "orders:8080"), ("cookie", "a=1")]);
+    let named = authority(&there).unwrap();
+    frame_for(&mut there, HttpVersion::Http2, named, fallback).unwrap();
+    assert_eq!(there.uri(), "http://orders:8080/a?b=c");
+    assert_eq!((there.version(), there.headers().contains_key("host")), (Version::HTTP_2, false));
+    there.headers_mut().append("cookie", "b=2".parse().unwrap());
+
+    let named = authority(&there).unwrap();
+    frame_for(&mut there, HttpVersion::Http1, named, fallback).unwrap();
+    assert_eq!((there.uri().to_string().as_str(), there.version()), ("/a?b=c", Version::HTTP_11));
+    assert_eq!(there.headers()["host"], "orders:8080");
+    assert_eq!(there.headers()["cookie"], "a=1; b=2");
+}
+
+#[test]
+fn an_old_client_without_a_host_and_options_star_keep_a_form() {
+    let mut old = request(Version::HTTP_10, "/x", &[]);
+    frame_for(&mut old, HttpVersion::Http2, None, || Authority::from_static("10.0.0.1:80")).unwrap();
+    assert_eq!(old.uri(), "http://10.0.0.1:80/x");
+    let mut star = request(Version::HTTP_11, "*", &[("host", "a")]);
+    let named = authority(&star).unwrap();
+    frame_for(&mut star, HttpVersion::Http1, named, || Authority::from_static("x")).unwrap();
+    assert_eq!(star.uri(), "*");
+}

@@ -1,0 +1,49 @@
+//! Connections that stop being HTTP: `Upgrade` (RFC 9110 7.8) and CONNECT (RFC 9110 9.3.6). After the head of
+//! the answer both sides are plain bytes, copied both ways.
+
+use std::io;
+
+use hyper::{
+    HeaderMap, Method, Request, Version,
+    header::{CONNECTION, UPGRADE},
+    upgrade::{OnUpgrade, Upgraded},
+};
+use hyper_util::rt::TokioIo;
+
+use crate::net::{Copied, Stream, copy_both_ways};
+
+/// Does the client ask to leave HTTP on this HTTP/1 connection?
+pub fn wants_upgrade<B>(request: &Request<B>) -> bool {
+    request.version() == Version::HTTP_11
+        && (request.method() == Method::CONNECT || names_upgrade(request.headers()))
+}
+
+fn names_upgrade(headers: &HeaderMap) -> bool {
+    headers.contains_key(UPGRADE)
+        && headers
+            .get_all(CONNECTION)
+            .iter()
+            .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
+            .any(|token| token.trim_ascii().eq_ignore_ascii_case(b"upgrade"))
+}
+
+/// Waits until both connections have left HTTP, and copies between them until both directions have ended.
+pub async fn splice(client: OnUpgrade, server: OnUpgrade) -> (Copied, io::Result<()>) {
+    match tokio::try_join!(stream_below(client), stream_below(server)) {
+        Ok((client, server)) => copy_both_ways(client, server).await,
+        Err(error) => (Copied::default(), Err(error)),
+    }
+}
+
+/// The stream below an upgraded connection, with what hyper had read ahead put back.
+async fn stream_below(upgrade: OnUpgrade) -> io::Result<Stream> {
+    let upgraded: Upgraded = upgrade.await.map_err(io::Error::other)?;
+    let parts = upgraded
+        .downcast::<TokioIo<Stream>>()
+        .map_err(|_| io::Error::other("an upgraded connection that is not one of ours"))?;
+    let mut stream = parts.io.into_inner();
+    if !parts.read_buf.is_empty() {
+        stream.unread(parts.read_buf);
+    }
+    Ok(stream)
+}
