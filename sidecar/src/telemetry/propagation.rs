@@ -1,0 +1,311 @@
+//! Trace context in headers: reading what a caller sent, writing what the next one gets.
+//!
+//! W3C [`traceparent`/`tracestate`](https://www.w3.org/TR/trace-context/), B3 single and multi
+//! ([b3-propagation](https://github.com/openzipkin/b3-propagation)), Jaeger
+//! [`uber-trace-id`](https://www.jaegertracing.io/docs/1.21/client-libraries/#propagation-format). Where formats
+//! disagree the first of that order wins, and all are rewritten to agree. A malformed header counts as absent
+//! and is never passed on. `baggage` and `uberctx-*` are the apps' own and stay untouched.
+
+use hyper::http::{HeaderMap, HeaderName, HeaderValue};
+
+use super::trace::{Formats, Incoming, Parent, TraceContext};
+
+/// Which formats are read, and which are always written (`OTEL_PROPAGATORS`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Propagators {
+    /// Read, passed on where found, and removed where malformed.
+    pub read: Formats,
+    /// Written even where the caller sent none.
+    pub always: Formats,
+}
+
+impl Propagators {
+    /// All are read; W3C is always written.
+    pub const DEFAULT: Propagators = Propagators { read: Formats::ALL, always: Formats::W3C };
+
+    /// What the headers say about the caller's span. Allocates nothing.
+    pub fn extract(&self, headers: &HeaderMap) -> Incoming {
+        let mut found = Incoming::default();
+        type Reader = fn(&HeaderMap) -> Option<Said>;
+        let readers: [(Formats, Reader); 4] = [
+            (Formats::W3C, read_w3c),
+            (Formats::B3_SINGLE, read_b3_single),
+            (Formats::B3_MULTI, read_b3_multi),
+            (Formats::JAEGER, read_jaeger),
+        ];
+        for (format, read) in readers {
+            if !self.read.has(format) {
+                continue;
+            }
+            if let Some(said) = read(headers) {
+                if found.formats == Formats::NONE || (found.parent.is_none() && said.parent.is_some()) {
+                    (found.parent, found.decision, found.debug) = (said.parent, said.decision, said.debug);
+                }
+                found.formats = found.formats.and(format);
+            }
+        }
+        found
+    }
+
+    /// Writes the context in the caller's formats and those always written; removes what would contradict it.
+    pub fn inject(&self, context: &TraceContext, headers: &mut HeaderMap) {
+        let write = context.formats.and(self.always);
+        let touched = self.read.and(self.always);
+        if write.has(Formats::W3C) {
+            headers.insert(HeaderName::from_static(TRACEPARENT), w3c(context));
+        }
+        if touched.has(Formats::W3C) && !context.formats.has(Formats::W3C) {
+            // Trace Context 3.3: `tracestate` means nothing without the `traceparent` that it came with.
+            headers.remove(TRACESTATE);
+            if !write.has(Formats::W3C) {
+                headers.remove(TRACEPARENT);
+            }
+        }
+        if write.has(Formats::B3_SINGLE) {
+            headers.insert(HeaderName::from_static(B3), b3_single(context));
+        } else if touched.has(Formats::B3_SINGLE) {
+            headers.remove(B3);
+        }
+        if touched.has(Formats::B3_MULTI) {
+            B3_MULTI.iter().for_each(|name| drop(headers.remove(*name)));
+        }
+        if write.has(Formats::B3_MULTI) {
+            write_b3_multi(context, headers);
+        }
+        if write.has(Formats::JAEGER) {
+            headers.insert(HeaderName::from_static(UBER_TRACE_ID), jaeger(context));
+        } else if touched.has(Formats::JAEGER) {
+            headers.remove(UBER_TRACE_ID);
+        }
+    }
+}
+
+const TRACEPARENT: &str = "traceparent";
+const TRACESTATE: &str = "tracestate";
+const B3: &str = "b3";
+const B3_TRACE_ID: &str = "x-b3-traceid";
+const B3_SPAN_ID: &str = "x-b3-spanid";
+const B3_PARENT_SPAN_ID: &str = "x-b3-parentspanid";
+const B3_SAMPLED: &str = "x-b3-sampled";
+const B3_FLAGS: &str = "x-b3-flags";
+const B3_MULTI: [&str; 5] = [B3_TRACE_ID, B3_SPAN_ID, B3_PARENT_SPAN_ID, B3_SAMPLED, B3_FLAGS];
+const UBER_TRACE_ID: &str = "uber-trace-id";
+
+/// What one format said.
+struct Said {
+    parent: Option<Parent>,
+    decision: Option<bool>,
+    debug: bool,
+}
+
+fn read_w3c(headers: &HeaderMap) -> Option<Said> {
+    let text = only(headers, TRACEPARENT)?;
+    let bytes = text.as_bytes();
+    // Version 00 is exactly this long; a later version may be longer, after another hyphen.
+    const LENGTH: usize = 55;
+    let version = lower_hex(text.get(0..2)?)?;
+    let fits = match version {
+        0 => bytes.len() == LENGTH,
+        0xff => false,
+        _ => bytes.len() == LENGTH || bytes.get(LENGTH) == Some(&b'-'),
+    };
+    if !fits || [2, 35, 52].iter().any(|at| bytes.get(*at) != Some(&b'-')) {
+        return None;
+    }
+    let trace_id = lower_hex(text.get(3..35)?)?;
+    let span_id = lower_hex(text.get(36..52)?)? as u64;
+    let flags = lower_hex(text.get(53..55)?)?;
+    Some(Said { parent: Some(parent(trace_id, span_id)?), decision: Some(flags & 1 == 1), debug: false })
+}
+
+fn w3c(context: &TraceContext) -> HeaderValue {
+    let mut text = Text::new();
+    text.push(b"00-").hex(context.trace_id, 32).push(b"-").hex(context.span_id.into(), 16);
+    text.push(if context.sampled { b"-01" } else { b"-00" }).value()
+}
+
+/// `{trace}-{span}`, `{trace}-{span}-{sampled}`, `{trace}-{span}-{sampled}-{parent}` or `{sampled}` alone.
+fn read_b3_single(headers: &HeaderMap) -> Option<Said> {
+    let text = only(headers, B3)?;
+    let mut parts = text.split('-');
+    let (first, second) = (parts.next()?, parts.next());
+    let Some(second) = second else {
+        let (decision, debug) = b3_decision(first)?;
+        return Some(Said { parent: None, decision: Some(decision), debug });
+    };
+    let parent = parent(b3_trace_id(first)?, b3_span_id(second)?)?;
+    let decision = parts.next().map(b3_decision).map_or(Some(None), |decision| decision.map(Some))?;
+    if let Some(grandparent) = parts.next() {
+        b3_span_id(grandparent)?;
+    }
+    if parts.next().is_some() {
+        return None;
+    }
+    Some(Said {
+        parent: Some(parent),
+        decision: decision.map(|(sampled, _)| sampled),
+        debug: decision.is_some_and(|(_, debug)| debug),
+    })
+}
+
+fn b3_single(context: &TraceContext) -> HeaderValue {
+    let mut text = Text::new();
+    text.trace_id(context.trace_id).push(b"-").hex(context.span_id.into(), 16);
+    text.push(if context.debug && context.sampled {
+        b"-d"
+    } else if context.sampled {
+        b"-1"
+    } else {
+        b"-0"
+    })
+    .value()
+}
+
+fn read_b3_multi(headers: &HeaderMap) -> Option<Said> {
+    let debug = only(headers, B3_FLAGS) == Some("1");
+    let decision = match only(headers, B3_SAMPLED) {
+        _ if debug => Some(true),
+        // Some old clients write words.
+        Some("1" | "true" | "True") => Some(true),
+        Some("0" | "false" | "False") => Some(false),
+        _ => None,
+    };
+    if !headers.contains_key(B3_TRACE_ID) {
+        return decision.is_some().then_some(Said { parent: None, decision, debug });
+    }
+    let trace_id = b3_trace_id(only(headers, B3_TRACE_ID)?)?;
+    let span_id = b3_span_id(only(headers, B3_SPAN_ID)?)?;
+    Some(Said { parent: Some(parent(trace_id, span_id)?), decision, debug })
+}
+
+fn write_b3_multi(context: &TraceContext, headers: &mut HeaderMap) {
+    headers.insert(HeaderName::from_static(B3_TRACE_ID), Text::new().trace_id(context.trace_id).value());
+    headers.insert(HeaderName::from_static(B3_SPAN_ID), Text::new().hex(context.span_id.into(), 16).value());
+    if context.parent_id != 0 {
+        let parent = Text::new().hex(context.parent_id.into(), 16).value();
+        headers.insert(HeaderName::from_static(B3_PARENT_SPAN_ID), parent);
+    }
+    if context.debug && context.sampled {
+        headers.insert(HeaderName::from_static(B3_FLAGS), HeaderValue::from_static("1"));
+    } else {
+        let sampled = HeaderValue::from_static(if context.sampled { "1" } else { "0" });
+        headers.insert(HeaderName::from_static(B3_SAMPLED), sampled);
+    }
+}
+
+/// `{trace}:{span}:{parent}:{flags}`; leading zeros may be missing; the colon may be percent-encoded.
+fn read_jaeger(headers: &HeaderMap) -> Option<Said> {
+    let text = only(headers, UBER_TRACE_ID)?;
+    let encoded;
+    let text = if text.contains('%') {
+        encoded = text.replace("%3A", ":").replace("%3a", ":");
+        &encoded
+    } else {
+        text
+    };
+    let mut parts = text.split(':');
+    let trace_id = short_hex(parts.next()?, 32)?;
+    let span_id = short_hex(parts.next()?, 16)? as u64;
+    short_hex(parts.next()?, 16)?;
+    let flags = short_hex(parts.next()?, 2)?;
+    if parts.next().is_some() {
+        return None;
+    }
+    let debug = flags & 3 == 3;
+    Some(Said { parent: Some(parent(trace_id, span_id)?), decision: Some(flags & 1 == 1), debug })
+}
+
+fn jaeger(context: &TraceContext) -> HeaderValue {
+    let mut text = Text::new();
+    text.trace_id(context.trace_id).push(b":").hex(context.span_id.into(), 16);
+    // The third part is deprecated and 0 by the format's own advice.
+    text.push(if context.debug && context.sampled {
+        b":0:3"
+    } else if context.sampled {
+        b":0:1"
+    } else {
+        b":0:0"
+    })
+    .value()
+}
+
+/// The value of a header that is there exactly once.
+fn only<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    let mut values = headers.get_all(name).iter();
+    let value = values.next()?.to_str().ok()?;
+    values.next().is_none().then_some(value)
+}
+
+fn parent(trace_id: u128, span_id: u64) -> Option<Parent> {
+    (trace_id != 0 && span_id != 0).then_some(Parent { trace_id, span_id })
+}
+
+/// W3C wants lowercase.
+fn lower_hex(text: &str) -> Option<u128> {
+    text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')).then(|| hex(text))?
+}
+
+fn b3_trace_id(text: &str) -> Option<u128> {
+    matches!(text.len(), 16 | 32).then(|| hex(text))?
+}
+
+fn b3_span_id(text: &str) -> Option<u64> {
+    (text.len() == 16).then(|| hex(text))?.map(|id| id as u64)
+}
+
+fn b3_decision(text: &str) -> Option<(bool, bool)> {
+    match text {
+        "0" => Some((false, false)),
+        "1" => Some((true, false)),
+        "d" => Some((true, true)),
+        _ => None,
+    }
+}
+
+fn short_hex(text: &str, longest: usize) -> Option<u128> {
+    (1..=longest).contains(&text.len()).then(|| hex(text))?
+}
+
+/// At most 32 hexadecimal digits; no sign, which `from_str_radix` would take.
+fn hex(text: &str) -> Option<u128> {
+    text.bytes().all(|byte| byte.is_ascii_hexdigit()).then(|| u128::from_str_radix(text, 16).ok())?
+}
+
+/// A header value in the making, on the stack.
+struct Text {
+    bytes: [u8; 64],
+    length: usize,
+}
+
+impl Text {
+    fn new() -> Text {
+        Text { bytes: [0; 64], length: 0 }
+    }
+
+    fn push(&mut self, more: &[u8]) -> &mut Text {
+        self.bytes[self.length..self.length + more.len()].copy_from_slice(more);
+        self.length += more.len();
+        self
+    }
+
+    fn hex(&mut self, number: u128, digits: usize) -> &mut Text {
+        for place in (0..digits).rev() {
+            let digit = (number >> (place * 4)) as usize & 15;
+            self.push(&b"0123456789abcdef"[digit..=digit]);
+        }
+        self
+    }
+
+    /// B3 and Jaeger write a 64-bit id with 16 digits.
+    fn trace_id(&mut self, id: u128) -> &mut Text {
+        self.hex(id, if id >> 64 == 0 { 16 } else { 32 })
+    }
+
+    fn value(&self) -> HeaderValue {
+        // Digits and separators only: always a valid value.
+        HeaderValue::from_bytes(&self.bytes[..self.length]).unwrap_or(HeaderValue::from_static(""))
+    }
+}
+
+#[cfg(test)]
+mod tests;
