@@ -1,0 +1,440 @@
+//! The numbers: one struct for all metrics of the sidecar, prefix `weft_`, in seconds and bytes.
+//! `docs/observability.md` lists them. A path, a query or a header never becomes a label, and each name has a
+//! cap (`families`). What the hot path counts is resolved ahead of time into [`ServiceMetrics`].
+
+use std::{
+    net::IpAddr,
+    sync::{Arc, PoisonError, RwLock},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use prometheus_client::{
+    encoding::text::encode,
+    metrics::{counter::Counter, gauge::Gauge, histogram::Histogram},
+    registry::Registry,
+};
+use weft_proto::spiffe::SpiffeId;
+
+use super::{
+    exposition,
+    families::{Cap, Counters, Durations, Gauges, HISTOGRAM_SERIES, SERIES},
+    process::Process,
+};
+use crate::model::{Failure, Protocol};
+
+/// Which way a connection or request crosses the sidecar.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// To the app.
+    Inbound,
+    /// From the app.
+    Outbound,
+}
+
+/// What protects a connection between the sidecar and its peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Security {
+    /// Mutual TLS of the mesh.
+    MutualTls,
+    /// Nothing.
+    Plaintext,
+    /// The app's own TLS, passed through.
+    TlsPassthrough,
+}
+
+/// All metrics of the sidecar.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    per_service: PerService,
+    connections: Counters,
+    connections_active: Gauges,
+    connection_failures: Counters,
+    endpoints: Gauges,
+    ejections: Counters,
+    pool_connections: Gauges,
+    detected: Counters,
+    plaintext_callers: Counters,
+    dns_queries: Counters,
+    certificate_expiry: Gauge,
+    identity_renewals: Counters,
+    config_reloads: Counters,
+    spans: Counters,
+    spans_dropped: Counters,
+    log_lines_dropped: Counter,
+}
+
+/// The families from which the handles of a service are made.
+#[derive(Debug, Clone)]
+struct PerService {
+    requests: Counters,
+    durations: Durations,
+    request_bytes: Counters,
+    response_bytes: Counters,
+    attempts: Counters,
+    retries_refused: Counters,
+    tcp_bytes: Counters,
+}
+
+/// The handles of one service and route in one direction. Kept by whoever routes; counting through it takes a
+/// short lock and, after the first time, allocates nothing.
+#[derive(Debug)]
+pub struct ServiceMetrics {
+    direction: Direction,
+    service: Arc<str>,
+    route: Arc<str>,
+    duration: Histogram,
+    request_bytes: Counter,
+    response_bytes: Counter,
+    first_attempts: Counter,
+    families: PerService,
+    requests: RwLock<Vec<(RequestKey, Counter)>>,
+}
+
+/// The labels of a finished request beside those of its service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RequestKey {
+    /// The proven identity of the other side.
+    pub peer: Option<SpiffeId>,
+    /// What was spoken on our side of the request.
+    pub protocol: Protocol,
+    /// The status that the caller saw.
+    pub code: u16,
+    /// Why the mesh could not carry it.
+    pub failure: Option<Failure>,
+}
+
+/// One open connection; counts it as gone when dropped.
+#[derive(Debug)]
+pub struct OpenConnection {
+    active: Gauge,
+}
+
+/// Label sets that a service's handles remember; rarer ones are looked up in the family each time.
+const REMEMBERED: usize = 64;
+/// Plaintext callers are counted by address, up to this many.
+const PLAINTEXT_CALLERS: usize = 100;
+
+impl Direction {
+    /// The label value.
+    pub fn label(self) -> &'static str {
+        match self {
+            Direction::Inbound => "inbound",
+            Direction::Outbound => "outbound",
+        }
+    }
+}
+
+impl Security {
+    /// The label value.
+    pub fn label(self) -> &'static str {
+        match self {
+            Security::MutualTls => "mtls",
+            Security::Plaintext => "plaintext",
+            Security::TlsPassthrough => "tls_passthrough",
+        }
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Metrics::new()
+    }
+}
+
+impl Metrics {
+    /// All metrics at zero. Made once per process.
+    pub fn new() -> Metrics {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(Process::starting()));
+        let weft = registry.sub_registry_with_prefix("weft");
+        let overflow_cap = Cap::new(&["metric"], SERIES, Counter::default());
+        let help = "Lookups of a series past the cap of its metric, counted there as `other`";
+        let overflow = Counters::register(weft, "metrics_overflow", help, overflow_cap);
+        let cap = |name: &str, labels, series| Cap::new(labels, series, overflow.with(&[name]));
+        let mut counters = |name: &str, help: &str, labels, series| {
+            Counters::register(weft, name, help, cap(name, labels, series))
+        };
+
+        let requests = counters(
+            "requests",
+            "Finished requests",
+            &["direction", "service", "route", "peer", "protocol", "code", "failure"],
+            SERIES,
+        );
+        let per_route: &[&str] = &["direction", "service", "route"];
+        let request_bytes = counters("request_bytes", "Body bytes of requests", per_route, SERIES);
+        let response_bytes = counters("response_bytes", "Body bytes of responses", per_route, SERIES);
+        let attempts = counters(
+            "attempts",
+            "Attempts of requests",
+            &["direction", "service", "outcome", "reason"],
+            SERIES,
+        );
+        let retries_refused =
+            counters("retries_refused", "Retries that were not made", &["service", "reason"], SERIES);
+        let tcp_bytes = counters(
+            "tcp_bytes",
+            "Bytes of opaque connections, as seen by the side that opened them",
+            &["direction", "service", "flow"],
+            SERIES,
+        );
+        let connections = counters(
+            "connections",
+            "Connections accepted from the app (outbound) and from peers (inbound)",
+            &["direction", "security", "protocol"],
+            SERIES,
+        );
+        let connection_failures = counters(
+            "connection_failures",
+            "Connections that ended with a failure",
+            &["direction", "failure"],
+            SERIES,
+        );
+        let ejections = counters("ejections", "Endpoints taken out by their breaker", &["service"], SERIES);
+        let detected = counters("detected", "Connections by detected protocol", &["protocol"], SERIES);
+        let plaintext_callers = counters(
+            "plaintext_callers",
+            "Inbound plaintext connections by address",
+            &["address"],
+            PLAINTEXT_CALLERS,
+        );
+        let dns_queries = counters("dns_queries", "DNS queries of the app", &["result"], SERIES);
+        let identity_renewals =
+            counters("identity_renewals", "Requests for a certificate", &["result"], SERIES);
+        let config_reloads = counters("config_reloads", "Changes of policy", &["result"], SERIES);
+        let spans = counters("spans", "Spans sent to the collector", &[], SERIES);
+        let spans_dropped = counters("spans_dropped", "Spans that were lost", &["reason"], SERIES);
+
+        let mut gauges =
+            |name: &str, help: &str, labels| Gauges::register(weft, name, help, cap(name, labels, SERIES));
+        let connections_active =
+            gauges("connections_active", "Open connections", &["direction", "security", "protocol"]);
+        let endpoints = gauges("endpoints", "Known endpoints", &["service", "state"]);
+        let pool_connections =
+            gauges("pool_connections", "Open connections to endpoints, kept for reuse", &["protocol"]);
+        let build_info = gauges("build_info", "Always 1", &["version"]);
+        build_info.with(&[env!("CARGO_PKG_VERSION")]).set(1);
+        let duration_help = "From the head of a request to the end of its answer";
+        let duration_cap = cap("request_duration_seconds", per_route, HISTOGRAM_SERIES);
+        let durations = Durations::register(weft, "request_duration_seconds", duration_help, duration_cap);
+
+        let (certificate_expiry, log_lines_dropped) = (Gauge::default(), Counter::default());
+        let help = "Unix time at which our certificate ends; 0 without one";
+        weft.register("certificate_expiry_seconds", help, certificate_expiry.clone());
+        let help = "Lines of the access log that were lost because writing was too slow";
+        weft.register("log_lines_dropped", help, log_lines_dropped.clone());
+
+        let per_service = PerService {
+            requests,
+            durations,
+            request_bytes,
+            response_bytes,
+            attempts,
+            retries_refused,
+            tcp_bytes,
+        };
+        Metrics {
+            registry,
+            per_service,
+            connections,
+            connections_active,
+            connection_failures,
+            endpoints,
+            ejections,
+            pool_connections,
+            detected,
+            plaintext_callers,
+            dns_queries,
+            certificate_expiry,
+            identity_renewals,
+            config_reloads,
+            spans,
+            spans_dropped,
+            log_lines_dropped,
+        }
+    }
+
+    /// Everything in OpenMetrics, or else in the classic text format of Prometheus.
+    pub fn expose(&self, openmetrics: bool) -> String {
+        let mut text = String::with_capacity(16 * 1024);
+        // Writing into a String does not fail; a collector that does would leave out its own lines only.
+        let _ = encode(&mut text, &self.registry);
+        if openmetrics { text } else { exposition::classic(&text) }
+    }
+
+    /// The handles of a service and a route; `route` is empty where no policy names one.
+    pub fn service(&self, direction: Direction, service: &str, route: &str) -> Arc<ServiceMetrics> {
+        let families = self.per_service.clone();
+        let labels = [direction.label(), service, route];
+        Arc::new(ServiceMetrics {
+            direction,
+            service: service.into(),
+            route: route.into(),
+            duration: families.durations.with(&labels),
+            request_bytes: families.request_bytes.with(&labels),
+            response_bytes: families.response_bytes.with(&labels),
+            first_attempts: families.attempts.with(&[direction.label(), service, "first", ""]),
+            families,
+            requests: RwLock::default(),
+        })
+    }
+
+    /// Counts a connection as open until the answer is dropped.
+    pub fn connection(&self, direction: Direction, security: Security, protocol: Protocol) -> OpenConnection {
+        let labels = [direction.label(), security.label(), protocol.label()];
+        self.connections.with(&labels).inc();
+        let active = self.connections_active.with(&labels);
+        active.inc();
+        OpenConnection { active }
+    }
+
+    /// A connection ended with a failure.
+    pub fn connection_failed(&self, direction: Direction, failure: Failure) {
+        self.connection_failures.with(&[direction.label(), failure.label()]).inc();
+    }
+
+    /// How many endpoints of a service are in a state (`ready`, `ejected`, `probing`).
+    pub fn endpoints(&self, service: &str, state: &'static str, count: usize) {
+        self.endpoints.with(&[service, state]).set(count as i64);
+    }
+
+    /// A service is no longer watched: its endpoint gauges go.
+    pub fn forget_endpoints(&self, service: &str, states: &[&'static str]) {
+        states.iter().for_each(|state| self.endpoints.remove(&[service, state]));
+    }
+
+    /// A breaker took an endpoint out.
+    pub fn ejected(&self, service: &str) {
+        self.ejections.with(&[service]).inc();
+    }
+
+    /// Open connections in the pools; the caller counts up and down.
+    pub fn pool_connections(&self, protocol: Protocol) -> Gauge {
+        self.pool_connections.with(&[protocol.label()])
+    }
+
+    /// Detection found out what a client speaks.
+    pub fn detected(&self, protocol: Protocol) {
+        self.detected.with(&[protocol.label()]).inc();
+    }
+
+    /// Somebody called in plaintext.
+    pub fn plaintext_caller(&self, address: IpAddr) {
+        self.plaintext_callers.with(&[&address.to_canonical().to_string()]).inc();
+    }
+
+    /// A DNS query was answered (`virtual`, `forwarded`, `refused`, `failed`).
+    pub fn dns_query(&self, result: &'static str) {
+        self.dns_queries.with(&[result]).inc();
+    }
+
+    /// When our certificate ends.
+    pub fn certificate_expires(&self, at: SystemTime) {
+        let seconds = at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        self.certificate_expiry.set(seconds.min(i64::MAX as u64) as i64);
+    }
+
+    /// A request for a certificate ended (`ok`, `failed`).
+    pub fn identity_renewed(&self, result: &'static str) {
+        self.identity_renewals.with(&[result]).inc();
+    }
+
+    /// A change of policy was read (`ok`, `refused`).
+    pub fn config_reloaded(&self, result: &'static str) {
+        self.config_reloads.with(&[result]).inc();
+    }
+
+    pub(super) fn spans_sent(&self, count: usize) {
+        self.spans.with(&[]).inc_by(count as u64);
+    }
+
+    /// Spans were lost (`queue_full`, `export_failed`).
+    pub(super) fn spans_dropped(&self, reason: &'static str, count: usize) {
+        self.spans_dropped.with(&[reason]).inc_by(count as u64);
+    }
+
+    pub(super) fn log_line_dropped(&self) {
+        self.log_lines_dropped.inc();
+    }
+}
+
+impl ServiceMetrics {
+    /// Which way.
+    pub fn direction(&self) -> Direction {
+        self.direction
+    }
+
+    /// The name of the service.
+    pub fn service(&self) -> &Arc<str> {
+        &self.service
+    }
+
+    /// The name of the route; empty where no policy names one.
+    pub fn route(&self) -> &Arc<str> {
+        &self.route
+    }
+
+    /// Counts an attempt: the first without a reason, a retry with the label of what went wrong before.
+    pub fn attempt(&self, retry: Option<&str>) {
+        match retry {
+            None => self.first_attempts.inc(),
+            Some(reason) => {
+                let labels = [self.direction.label(), &self.service, "retry", reason];
+                self.families.attempts.with(&labels).inc()
+            }
+        };
+    }
+
+    /// A retry was wanted and not made (`budget`, `attempts`, `method`, `body`, `deadline`, ...).
+    pub fn retry_refused(&self, reason: &'static str) {
+        self.families.retries_refused.with(&[&self.service, reason]).inc();
+    }
+
+    /// Bytes of an opaque connection: towards whom it was opened (`sent`), and back (`received`).
+    pub fn tcp_bytes(&self, sent: u64, received: u64) {
+        for (flow, bytes) in [("sent", sent), ("received", received)] {
+            self.families.tcp_bytes.with(&[self.direction.label(), &self.service, flow]).inc_by(bytes);
+        }
+    }
+
+    /// A request ended.
+    pub(super) fn finished(&self, key: RequestKey, took: Duration, request_bytes: u64, response_bytes: u64) {
+        self.duration.observe(took.as_secs_f64());
+        self.request_bytes.inc_by(request_bytes);
+        self.response_bytes.inc_by(response_bytes);
+        let remembered = self.requests.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, counter)) = remembered.iter().find(|(known, _)| *known == key) {
+            counter.inc();
+            return;
+        }
+        drop(remembered);
+        let counter = self.counter(&key);
+        counter.inc();
+        let mut remembered = self.requests.write().unwrap_or_else(PoisonError::into_inner);
+        if remembered.len() < REMEMBERED {
+            remembered.push((key, counter));
+        }
+    }
+
+    fn counter(&self, key: &RequestKey) -> Counter {
+        self.families.requests.with(&[
+            self.direction.label(),
+            &self.service,
+            &self.route,
+            key.peer.as_ref().map_or("", SpiffeId::as_str),
+            key.protocol.label(),
+            &key.code.to_string(),
+            key.failure.map_or("", Failure::label),
+        ])
+    }
+}
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        self.active.dec();
+    }
+}
+
+#[cfg(test)]
+mod tests;
