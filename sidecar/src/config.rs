@@ -2,6 +2,7 @@
 //! once with its place. As used: [`Config`], checked, no option left open. Traffic policy is not here: it changes
 //! at run time, and comes from the stores.
 
+pub mod document;
 mod keys;
 mod used;
 mod written;
@@ -10,7 +11,7 @@ pub use keys::{KEYS, Key, arguments};
 pub use used::{
     AccessLog, App, Authority, Config, DrainTimes, Limits, Mode, OwnService, Pin, Ports, Stores, Upstream,
 };
-pub use written::{Mistakes, Written};
+pub use written::{InvalidSettings, Written};
 
 #[cfg(test)]
 mod tests;

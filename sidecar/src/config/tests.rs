@@ -2,10 +2,10 @@ use std::{fs, time::Duration};
 
 use clap::Command;
 
-use super::{Config, KEYS, Mistakes, Mode, Written, arguments};
+use super::{Config, InvalidSettings, KEYS, Mode, Written, arguments};
 use crate::model::MutualTls;
 
-fn read(flags: &[&str], variables: &[(&str, &str)]) -> Result<Config, Mistakes> {
+fn read(flags: &[&str], variables: &[(&str, &str)]) -> Result<Config, InvalidSettings> {
     let flags = Command::new("test").no_binary_name(true).args(arguments()).get_matches_from(flags);
     let variables = variables.iter().map(|(name, value)| (name.to_string(), value.to_string()));
     Config::check(&Written::read(&flags, variables))
@@ -42,7 +42,7 @@ fn all_mistakes_are_told_at_once_each_with_its_place() {
     let file = folder.path().join("weft.yaml");
     fs::write(&file, "service: Orders\nserivces-dir: /\nworkers: [1, 2]\nmax-streams: many\n").unwrap();
     let shown = file.display().to_string();
-    let Mistakes(mistakes) = read(
+    let InvalidSettings(mistakes) = read(
         &["--config", &shown, "--port", "8080", "--inbound-port", "8080", "--token-file", "/nowhere/token"],
         &[("WEFT_MODE", "allow"), ("WEFT_SERIVCE", "x"), ("WEFT_PORT", "0")],
     )
@@ -65,10 +65,10 @@ fn all_mistakes_are_told_at_once_each_with_its_place() {
 
 #[test]
 fn two_listeners_on_one_port_are_a_mistake() {
-    let Mistakes(mistakes) =
+    let InvalidSettings(mistakes) =
         read(&["--service", "a", "--port", "8080", "--inbound-port", "8080"], &[]).unwrap_err();
     assert_eq!(mistakes, ["--port: port 8080 is taken by --inbound-port; expected another"]);
-    let Mistakes(mistakes) =
+    let InvalidSettings(mistakes) =
         read(&["--service", "a", "--upstream", "127.0.0.1:9000=b", "--upstream", "127.0.0.1:9000=c"], &[])
             .unwrap_err();
     assert_eq!(mistakes.len(), 1, "{mistakes:?}");
@@ -76,7 +76,7 @@ fn two_listeners_on_one_port_are_a_mistake() {
 
 #[test]
 fn an_authority_needs_something_to_recognise_it_by() {
-    let Mistakes(mistakes) = read(&["--service", "a", "--authority", "ca:15080"], &[]).unwrap_err();
+    let InvalidSettings(mistakes) = read(&["--service", "a", "--authority", "ca:15080"], &[]).unwrap_err();
     assert!(mistakes[0].contains("nothing to recognise the authority by"), "{mistakes:?}");
     let hash = "ab".repeat(32);
     let config =

@@ -12,7 +12,7 @@ use std::{
 use serde::Serialize;
 use weft_proto::names;
 
-use super::written::{Entry, Mistakes, Written};
+use super::written::{Entry, InvalidSettings, Written};
 use crate::model::{MutualTls, Protocol, ServiceName, Timeouts};
 
 /// All settings of a sidecar.
@@ -200,12 +200,12 @@ impl Config {
     ///
     /// # Errors
     /// All mistakes at once, each with its place and what was expected.
-    pub fn check(written: &Written) -> Result<Config, Mistakes> {
+    pub fn check(written: &Written) -> Result<Config, InvalidSettings> {
         let mut reader = Reader { written, mistakes: written.mistakes().to_vec() };
         let config = reader.config();
         match config {
             Some(config) if reader.mistakes.is_empty() => Ok(config),
-            _ => Err(Mistakes(reader.mistakes)),
+            _ => Err(InvalidSettings(reader.mistakes)),
         }
     }
 

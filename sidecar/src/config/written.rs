@@ -30,7 +30,7 @@ pub struct Entry {
 
 /// Everything that is wrong with the settings, one line each.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mistakes(pub Vec<String>);
+pub struct InvalidSettings(pub Vec<String>);
 
 /// Variables with our prefix that are no settings.
 const OTHER_VARIABLES: [&str; 2] = ["WEFT_CONFIG", "WEFT_TESTS_ALLOW_SKIP"];
@@ -154,7 +154,7 @@ fn first_line(text: &str) -> &str {
     text.lines().next().unwrap_or_default()
 }
 
-impl fmt::Display for Mistakes {
+impl fmt::Display for InvalidSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count = self.0.len();
         writeln!(f, "the settings have {count} {}:", if count == 1 { "mistake" } else { "mistakes" })?;
@@ -162,4 +162,4 @@ impl fmt::Display for Mistakes {
     }
 }
 
-impl std::error::Error for Mistakes {}
+impl std::error::Error for InvalidSettings {}
