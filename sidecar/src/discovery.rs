@@ -2,8 +2,12 @@
 //! services addresses that apps can dial, and `dns` hands them out. Where a destination leads is decided by its
 //! address alone, never by what the app says inside the connection.
 
-mod atomic_file;
 mod directory;
+pub mod file;
+mod files;
+mod folder;
+pub mod publish;
+mod service_document;
 mod virtual_addresses;
 
 pub use directory::{Destination, Directory};

@@ -16,6 +16,8 @@ use serde::{
 };
 use serde_saphyr::{Spanned, options::DuplicateKeyPolicy, options::MergeKeyPolicy};
 
+use crate::model::Protocol;
+
 /// Something wrong in a file that somebody wrote: the place, the thing, and what was expected.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Mistake {
@@ -178,6 +180,12 @@ impl Item {
         place
     }
 
+    /// A protocol by one of its names in configuration.
+    pub fn protocol(&self, mistakes: &mut Mistakes) -> Option<Protocol> {
+        let words = PROTOCOLS.map(|(word, _)| word);
+        self.word(&words, mistakes).map(|place| PROTOCOLS[place].1)
+    }
+
     /// A whole number within the range.
     pub fn number(&self, range: RangeInclusive<u64>, mistakes: &mut Mistakes) -> Option<u64> {
         match self.value {
@@ -239,6 +247,19 @@ impl Item {
         }
     }
 }
+
+/// What is expected where a service is named.
+pub const EXPECTED_NAME: &str = "`name` or `name_namespace`, each of at most 63 of a-z 0-9 -";
+/// What is expected where an identity is named.
+pub const EXPECTED_IDENTITY: &str = "an identity such as spiffe://weft.local/ns/shop/sa/orders";
+
+const PROTOCOLS: [(&str, Protocol); 5] = [
+    ("http1", Protocol::Http1),
+    ("http2", Protocol::Http2),
+    ("grpc", Protocol::Http2),
+    ("tls", Protocol::Tls),
+    ("tcp", Protocol::Opaque),
+];
 
 fn below(path: &str, key: &str) -> String {
     if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }

@@ -5,8 +5,7 @@
 
 use std::{
     collections::HashMap,
-    fs::File,
-    io::{self, Read},
+    io,
     net::{IpAddr, Ipv4Addr},
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
@@ -16,7 +15,10 @@ use std::{
 use aws_lc_rs::digest;
 use serde::{Deserialize, Serialize};
 
-use super::{Directory, atomic_file::write_atomically};
+use super::{
+    Directory,
+    files::{read_regular, write_atomically},
+};
 use crate::model::ServiceName;
 
 /// Services that can have a virtual address at a time.
@@ -210,19 +212,11 @@ struct StateEntry {
 
 /// Reads the state file and believes nothing in it; no file is an empty table.
 fn load(path: &Path, now: SystemTime) -> Result<Table, String> {
-    let file = match File::open(path) {
-        Ok(file) => file,
+    let bytes = match read_regular(path, MAX_FILE_BYTES) {
+        Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Table::default()),
         Err(error) => return Err(error.to_string()),
     };
-    if !file.metadata().is_ok_and(|about| about.is_file()) {
-        return Err("not a regular file".to_owned());
-    }
-    let mut bytes = Vec::new();
-    file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
-    if bytes.len() as u64 > MAX_FILE_BYTES {
-        return Err(format!("longer than {MAX_FILE_BYTES} bytes"));
-    }
     let state: StateFile = serde_json::from_slice(&bytes).map_err(|error| error.to_string())?;
     if state.version != FILE_VERSION || state.addresses.len() > MAX_ADDRESSES {
         return Err(format!(
@@ -254,7 +248,10 @@ fn from_unix_seconds(seconds: u64, now: SystemTime) -> SystemTime {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::unix::fs::PermissionsExt};
+    use std::{
+        fs::{self, File},
+        os::unix::fs::PermissionsExt,
+    };
 
     use super::*;
 

@@ -1,13 +1,16 @@
-//! Files that are whole or absent, never half: written beside their place and renamed into it. No fsync: what is
-//! kept here survives a crash of the process; after a crash of the machine it is made anew.
+//! Files that are whole or absent, never half: written beside their place and renamed into it; and reading only
+//! what is a regular file of bearable size. No fsync: what is kept here survives a crash of the process; after a
+//! crash of the machine it is made anew.
 
 use std::{
-    fs::{self, OpenOptions},
-    io::{self, Write},
+    fs::{self, File, OpenOptions},
+    io::{self, Read, Write},
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::Path,
     process,
 };
+
+use nix::fcntl::OFlag;
 
 /// Writes `bytes` to `path` so that a reader sees the old content or the new one. `mode` is exact, whatever the
 /// umask. The temporary name begins with a dot, so that no reader of the folder takes it for a document.
@@ -35,9 +38,49 @@ fn write_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     file.write_all(bytes)
 }
 
+/// Reads a file of at most `limit` bytes. A pipe or a device is refused and not waited for.
+///
+/// # Errors
+/// What the file system says; `InvalidInput` for what is not a regular file, `FileTooLarge` beyond the limit.
+pub(super) fn read_regular(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    let file = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    read_limited(file, limit)
+}
+
+fn read_limited(file: File, limit: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    file.take(limit + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > limit {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("longer than {limit} bytes")));
+    }
+    Ok(bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_regular_files_of_bearable_size_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let file = folder.path().join("file");
+        fs::write(&file, "12345").unwrap();
+        assert_eq!(read_regular(&file, 5).unwrap(), b"12345");
+        for (path, limit, kind) in [
+            (file.as_path(), 4, io::ErrorKind::FileTooLarge),
+            (&pipe, 5, io::ErrorKind::InvalidInput),
+            (folder.path(), 5, io::ErrorKind::InvalidInput),
+            (&folder.path().join("none"), 5, io::ErrorKind::NotFound),
+        ] {
+            assert_eq!(read_regular(path, limit).unwrap_err().kind(), kind, "{}", path.display());
+        }
+    }
 
     #[test]
     fn the_file_is_replaced_whole_with_its_mode_and_nothing_is_left_beside_it() {
