@@ -59,7 +59,7 @@ pub struct Metrics {
     certificate_expiry: Gauge,
     identity_renewals: Counters,
     config_reloads: Counters,
-    spans: Counters,
+    spans_exported: Counter,
     spans_dropped: Counters,
     log_lines_dropped: Counter,
 }
@@ -203,7 +203,6 @@ impl Metrics {
         let identity_renewals =
             counters("identity_renewals", "Requests for a certificate", &["result"], SERIES);
         let config_reloads = counters("config_reloads", "Changes of policy", &["result"], SERIES);
-        let spans = counters("spans", "Spans sent to the collector", &[], SERIES);
         let spans_dropped = counters("spans_dropped", "Spans that were lost", &["reason"], SERIES);
 
         let mut gauges =
@@ -220,6 +219,8 @@ impl Metrics {
         let durations = Durations::register(weft, "request_duration_seconds", duration_help, duration_cap);
 
         let (certificate_expiry, log_lines_dropped) = (Gauge::default(), Counter::default());
+        let spans_exported = Counter::default();
+        weft.register("spans_exported", "Spans that the collector took", spans_exported.clone());
         let help = "Unix time at which our certificate ends; 0 without one";
         weft.register("certificate_expiry_seconds", help, certificate_expiry.clone());
         let help = "Lines of the access log that were lost because writing was too slow";
@@ -249,7 +250,7 @@ impl Metrics {
             certificate_expiry,
             identity_renewals,
             config_reloads,
-            spans,
+            spans_exported,
             spans_dropped,
             log_lines_dropped,
         }
@@ -346,7 +347,7 @@ impl Metrics {
     }
 
     pub(super) fn spans_sent(&self, count: usize) {
-        self.spans.with(&[]).inc_by(count as u64);
+        self.spans_exported.inc_by(count as u64);
     }
 
     /// Spans were lost (`queue_full`, `export_failed`).

@@ -1,0 +1,274 @@
+//! The access log: one JSON object per line for each finished request and opaque connection, or only for those
+//! that failed, or for none. Lines go through a bounded queue to a thread of their own: a slow disk or a full
+//! pipe costs lines, which are counted, and never holds up a worker. Fields: `docs/observability.md`.
+
+use std::{
+    fs::OpenOptions,
+    io::{self, BufWriter, Write},
+    net::SocketAddr,
+    os::unix::fs::OpenOptionsExt,
+    path::PathBuf,
+    sync::{
+        Arc,
+        mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel},
+    },
+    thread,
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+use tokio::{
+    sync::oneshot,
+    time::{sleep, timeout},
+};
+
+use super::metrics::Metrics;
+
+/// What is logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum AccessLogMode {
+    /// Nothing.
+    Off,
+    /// What the mesh could not carry.
+    #[default]
+    Failures,
+    /// Every request and every opaque connection.
+    All,
+}
+
+/// Where lines go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AccessLogTarget {
+    /// The standard output of the sidecar.
+    Stdout,
+    /// The end of this file, made with mode 0640 where it is missing.
+    File(PathBuf),
+}
+
+/// The workers' side. Lines are written until it is dropped.
+#[derive(Debug)]
+pub struct AccessLog {
+    mode: AccessLogMode,
+    queue: Option<SyncSender<Message>>,
+    metrics: Arc<Metrics>,
+}
+
+/// One line; what is unknown or does not apply is left out.
+#[derive(Debug, Serialize, Default)]
+pub(super) struct Line<'a> {
+    /// RFC 3339, UTC: the beginning.
+    pub time: String,
+    /// `request` or `connection`.
+    pub kind: &'static str,
+    pub direction: &'static str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub service: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub route: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub method: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub authority: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub security: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub status: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grpc_status: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub detail: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attempts: Option<u32>,
+    pub peer_address: Option<SocketAddr>,
+    /// Always there: a refusal must say that no identity was proven.
+    pub peer_identity: Option<&'a str>,
+    pub own_identity: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<SocketAddr>,
+    pub request_bytes: u64,
+    pub response_bytes: u64,
+    pub duration_seconds: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trace_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub span_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sampled: Option<bool>,
+}
+
+#[derive(Debug)]
+enum Message {
+    Line(Vec<u8>),
+    /// Write what you have, then answer.
+    Flush(oneshot::Sender<()>),
+}
+
+/// Lines that may wait for the writer.
+const QUEUE_LINES: usize = 4096;
+/// How long a flush waits for room in the queue before it looks again.
+const FULL_QUEUE_PAUSE: Duration = Duration::from_millis(10);
+
+impl AccessLog {
+    /// Opens the target and starts the writer, unless the mode is off.
+    pub fn open(
+        mode: AccessLogMode,
+        target: &AccessLogTarget,
+        metrics: &Arc<Metrics>,
+    ) -> io::Result<AccessLog> {
+        if mode == AccessLogMode::Off {
+            return Ok(AccessLog { mode, queue: None, metrics: metrics.clone() });
+        }
+        let output: Box<dyn Write + Send> = match target {
+            AccessLogTarget::Stdout => Box::new(io::stdout()),
+            AccessLogTarget::File(path) => {
+                let opened = OpenOptions::new().create(true).append(true).mode(0o640).open(path);
+                Box::new(opened.map_err(|error| {
+                    io::Error::new(error.kind(), format!("access log {}: {error}", path.display()))
+                })?)
+            }
+        };
+        AccessLog::writing_to(mode, output, metrics)
+    }
+
+    fn writing_to(
+        mode: AccessLogMode,
+        output: Box<dyn Write + Send>,
+        metrics: &Arc<Metrics>,
+    ) -> io::Result<AccessLog> {
+        let (sender, receiver) = sync_channel(QUEUE_LINES);
+        thread::Builder::new().name("weft-log".to_owned()).spawn(move || write_lines(&receiver, output))?;
+        Ok(AccessLog { mode, queue: Some(sender), metrics: metrics.clone() })
+    }
+
+    /// Could a line be written at all? Else nothing needs to be remembered for it.
+    pub(super) fn is_on(&self) -> bool {
+        self.mode != AccessLogMode::Off
+    }
+
+    /// Is a line written for what ended like this?
+    pub(super) fn wants(&self, failed: bool) -> bool {
+        match self.mode {
+            AccessLogMode::Off => false,
+            AccessLogMode::Failures => failed,
+            AccessLogMode::All => true,
+        }
+    }
+
+    pub(super) fn write(&self, line: &Line<'_>) {
+        let Some(queue) = &self.queue else { return };
+        // Our own struct of text and numbers always becomes JSON.
+        let Ok(mut bytes) = serde_json::to_vec(line) else { return };
+        bytes.push(b'\n');
+        if queue.try_send(Message::Line(bytes)).is_err() {
+            self.metrics.log_line_dropped();
+        }
+    }
+
+    /// Waits until the lines so far are written, but not longer than this.
+    pub async fn flush(&self, longest: Duration) {
+        let Some(queue) = &self.queue else { return };
+        let flushed = async {
+            let (done, wait) = oneshot::channel();
+            let mut message = Message::Flush(done);
+            while let Err(TrySendError::Full(back)) = queue.try_send(message) {
+                message = back;
+                sleep(FULL_QUEUE_PAUSE).await;
+            }
+            // The error means that the writer is gone: nothing is left to wait for.
+            let _ = wait.await;
+        };
+        let _ = timeout(longest, flushed).await;
+    }
+}
+
+/// Writes until every sender is gone. An output that fails loses lines, not the thread.
+fn write_lines(queue: &Receiver<Message>, output: Box<dyn Write + Send>) {
+    let mut output = BufWriter::new(output);
+    loop {
+        let message = match queue.try_recv() {
+            Ok(message) => message,
+            Err(TryRecvError::Disconnected) => break,
+            Err(TryRecvError::Empty) => {
+                let _ = output.flush();
+                let Ok(message) = queue.recv() else { break };
+                message
+            }
+        };
+        match message {
+            Message::Line(line) => drop(output.write_all(&line)),
+            Message::Flush(done) => {
+                let _ = output.flush();
+                let _ = done.send(());
+            }
+        }
+    }
+    let _ = output.flush();
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    struct Stuck(std::sync::mpsc::Receiver<()>);
+
+    impl Write for Stuck {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let _ = self.0.recv();
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stuck_output_costs_lines_and_holds_nobody_up() {
+        let (release, stuck) = channel();
+        let metrics = Arc::new(Metrics::new());
+        let log = AccessLog::writing_to(AccessLogMode::All, Box::new(Stuck(stuck)), &metrics).unwrap();
+        let line = Line { kind: "request", ..Line::default() };
+        for _ in 0..QUEUE_LINES * 3 {
+            log.write(&line);
+        }
+        let text = metrics.expose(false);
+        let dropped = text.lines().find_map(|line| line.strip_prefix("weft_log_lines_dropped_total "));
+        assert!(dropped.unwrap().parse::<usize>().unwrap() > QUEUE_LINES, "{dropped:?}");
+        let before = tokio::time::Instant::now();
+        log.flush(Duration::from_millis(50)).await;
+        assert!(before.elapsed() >= Duration::from_millis(50));
+        drop(release);
+        log.flush(Duration::from_secs(60)).await;
+        assert!(before.elapsed() < Duration::from_secs(60));
+    }
+
+    #[tokio::test]
+    async fn a_file_is_appended_to() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = AccessLogTarget::File(folder.path().join("access.log"));
+        let metrics = Arc::new(Metrics::new());
+        for path in ["/a", "/b\"\n"] {
+            let log = AccessLog::open(AccessLogMode::Failures, &target, &metrics).unwrap();
+            log.write(&Line { path: Some(path), ..Line::default() });
+            log.flush(Duration::from_secs(60)).await;
+        }
+        let text = std::fs::read_to_string(folder.path().join("access.log")).unwrap();
+        let paths: Vec<serde_json::Value> = text
+            .lines()
+            .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["path"].take())
+            .collect();
+        assert_eq!(paths, ["/a", "/b\"\n"]);
+        let missing = AccessLogTarget::File(folder.path().join("no/such/folder"));
+        let error = AccessLog::open(AccessLogMode::All, &missing, &metrics).unwrap_err();
+        assert!(error.to_string().contains("no/such/folder"));
+    }
+}

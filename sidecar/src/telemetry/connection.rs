@@ -1,0 +1,135 @@
+//! The one guard of a connection: counts it while it is open, and on drop writes the metrics and, for an opaque
+//! connection or a failure, one line of the access log. The requests on a connection have records of their own.
+
+use std::{net::SocketAddr, sync::Arc, time::SystemTime};
+
+use tokio::time::Instant;
+use weft_proto::spiffe::SpiffeId;
+
+use super::{
+    Telemetry,
+    access_log::Line,
+    metrics::{Direction, OpenConnection, Security, ServiceMetrics},
+};
+use crate::model::{Failed, Failure, Protocol};
+
+/// One connection that was accepted, from a peer or from the app.
+#[derive(Debug)]
+pub struct Connection {
+    telemetry: Arc<Telemetry>,
+    direction: Direction,
+    peer_address: SocketAddr,
+    started: Instant,
+    started_at: SystemTime,
+    handles: Option<Arc<ServiceMetrics>>,
+    opened: Option<(Security, Protocol, OpenConnection)>,
+    peer: Option<SpiffeId>,
+    endpoint: Option<SocketAddr>,
+    sent: u64,
+    received: u64,
+    failed: Option<Failed>,
+}
+
+impl Connection {
+    pub(super) fn begin(
+        telemetry: &Arc<Telemetry>,
+        direction: Direction,
+        peer_address: SocketAddr,
+    ) -> Connection {
+        Connection {
+            telemetry: telemetry.clone(),
+            direction,
+            peer_address,
+            started: Instant::now(),
+            started_at: SystemTime::now(),
+            handles: None,
+            opened: None,
+            peer: None,
+            endpoint: None,
+            sent: 0,
+            received: 0,
+            failed: None,
+        }
+    }
+
+    /// It is known what protects the connection and what is spoken on it: it counts as open. Said again, for
+    /// instance after an upgrade, it counts under the new labels.
+    pub fn opened(&mut self, security: Security, protocol: Protocol) {
+        let metrics = &self.telemetry.metrics;
+        if self.direction == Direction::Inbound
+            && security != Security::MutualTls
+            && self.opened.as_ref().is_none_or(|(before, ..)| *before != security)
+        {
+            metrics.plaintext_caller(self.peer_address.ip());
+        }
+        self.opened = None;
+        self.opened = Some((security, protocol, metrics.connection(self.direction, security, protocol)));
+    }
+
+    /// The connection is meant for this service.
+    pub fn service(&mut self, handles: &Arc<ServiceMetrics>) {
+        self.handles = Some(handles.clone());
+    }
+
+    /// The identity that the other side proved.
+    pub fn peer(&mut self, identity: Option<&SpiffeId>) {
+        self.peer = identity.cloned();
+    }
+
+    /// Where the connection is carried to.
+    pub fn endpoint(&mut self, address: SocketAddr) {
+        self.endpoint = Some(address);
+    }
+
+    /// Bytes of an opaque connection so far: from whoever opened it (`sent`), and back (`received`).
+    pub fn bytes(&mut self, sent: u64, received: u64) {
+        (self.sent, self.received) = (sent, received);
+    }
+
+    /// The connection failed. A later failure takes the place of an earlier one.
+    pub fn fail(&mut self, failed: Failed) {
+        self.failed = Some(failed);
+    }
+
+    /// Opaque bytes, and not requests that have lines of their own.
+    fn is_opaque(&self) -> bool {
+        self.opened.as_ref().is_some_and(|(_, protocol, _)| protocol.http().is_none())
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if self.failed.is_none() && std::thread::panicking() {
+            self.failed = Some(Failed::new(Failure::Internal, "a task ended with a panic"));
+        }
+        if let Some(failed) = &self.failed {
+            self.telemetry.metrics.connection_failed(self.direction, failed.failure);
+        }
+        if let Some(handles) = self.handles.as_ref().filter(|_| self.is_opaque()) {
+            handles.tcp_bytes(self.sent, self.received);
+        }
+        let log = &self.telemetry.access_log;
+        if !log.wants(self.failed.is_some()) || (self.failed.is_none() && !self.is_opaque()) {
+            return;
+        }
+        let own = self.telemetry.identity.load();
+        log.write(&Line {
+            time: super::rfc3339(self.started_at),
+            kind: "connection",
+            direction: self.direction.label(),
+            service: self.handles.as_ref().map_or("", |handles| handles.service()),
+            protocol: self.opened.as_ref().map(|(_, protocol, _)| protocol.label()),
+            security: self.opened.as_ref().map(|(security, ..)| security.label()),
+            failure: self.failed.as_ref().map(|failed| failed.failure.label()),
+            detail: self.failed.as_ref().map(|failed| failed.detail.as_str()),
+            peer_address: Some(self.peer_address),
+            peer_identity: self.peer.as_ref().map(SpiffeId::as_str),
+            own_identity: own.as_deref().map(SpiffeId::as_str),
+            endpoint: self.endpoint,
+            request_bytes: self.sent,
+            response_bytes: self.received,
+            duration_seconds: self.started.elapsed().as_secs_f64(),
+            ..Line::default()
+        });
+    }
+}

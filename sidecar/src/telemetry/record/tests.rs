@@ -1,0 +1,267 @@
+use std::{collections::HashMap, time::Duration};
+
+use opentelemetry::trace::{SpanKind, Status};
+use opentelemetry_sdk::trace::SpanData;
+use serde_json::Value;
+
+use super::super::{
+    AccessLog, AccessLogMode, AccessLogTarget, Metrics, Security, SpanExport, Telemetry, TraceSettings,
+};
+use super::*;
+
+const CALLER: &str = "spiffe://mesh.local/ns/shop/sa/web";
+const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+
+/// A telemetry whose lines and spans can be read back.
+struct Seen {
+    telemetry: Arc<Telemetry>,
+    export: Option<SpanExport>,
+    folder: tempfile::TempDir,
+}
+
+impl Seen {
+    fn new(mode: AccessLogMode, variables: &[(&str, &str)]) -> Seen {
+        let variables: HashMap<_, _> = variables.iter().copied().collect();
+        let read = |name: &str| variables.get(name).map(|value| (*value).to_owned());
+        let (settings, problems) = TraceSettings::read(read, "orders");
+        assert!(problems.is_empty(), "{problems:?}");
+        let folder = tempfile::tempdir().unwrap();
+        let metrics = Arc::new(Metrics::new());
+        let target = AccessLogTarget::File(folder.path().join("log"));
+        let log = AccessLog::open(mode, &target, &metrics).unwrap();
+        let (telemetry, export) = Telemetry::new(&settings, log, metrics);
+        telemetry.set_identity(&"spiffe://mesh.local/ns/shop/sa/orders".parse().unwrap());
+        Seen { telemetry, export, folder }
+    }
+
+    fn exporting(mode: AccessLogMode) -> Seen {
+        // Only what a caller sampled, so that nothing here hangs on chance.
+        let sampler = ("OTEL_TRACES_SAMPLER", "parentbased_always_off");
+        Seen::new(mode, &[sampler, ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")])
+    }
+
+    fn begin(&self, direction: Direction, headers: &[(&str, &str)]) -> Record {
+        let handles = self.telemetry.metrics().service(direction, "orders", "items");
+        let mut request = Request::get("/v1/items?token=secret").header("host", "orders:8080");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let from = "10.0.0.7:40000".parse().unwrap();
+        self.telemetry.begin(&handles, Protocol::Http1, from, &request.body(()).unwrap())
+    }
+
+    async fn lines(&self) -> Vec<Value> {
+        self.telemetry.access_log.flush(Duration::from_secs(60)).await;
+        let text = std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    fn spans(&mut self) -> Vec<SpanData> {
+        self.export.as_mut().unwrap().waiting()
+    }
+
+    fn counted(&self, line: &str) -> bool {
+        self.telemetry.metrics().expose(false).contains(line)
+    }
+}
+
+fn attribute<'a>(span: &'a SpanData, name: &str) -> Option<std::borrow::Cow<'a, str>> {
+    span.attributes.iter().find(|attribute| attribute.key.as_str() == name).map(|found| found.value.as_str())
+}
+
+fn endpoint() -> SocketAddr {
+    "10.1.0.9:8080".parse().unwrap()
+}
+
+#[tokio::test]
+async fn a_request_that_went_well_is_written_once() {
+    let mut seen = Seen::exporting(AccessLogMode::All);
+    let mut record = seen.begin(Direction::Inbound, &[("traceparent", PARENT)]);
+    record.peer(Some(&CALLER.parse().unwrap()));
+    record.count_request_bytes().add(12);
+    record.status(200);
+    record.add_response_bytes(300);
+    record.complete();
+    assert!(seen.spans().is_empty(), "nothing is written before the end");
+    drop(record);
+
+    let [line] = &seen.lines().await[..] else { panic!("one line") };
+    for (field, expected) in [
+        ("kind", Value::from("request")),
+        ("direction", "inbound".into()),
+        ("service", "orders".into()),
+        ("route", "items".into()),
+        ("method", "GET".into()),
+        ("authority", "orders:8080".into()),
+        ("path", "/v1/items".into()),
+        ("status", 200.into()),
+        ("failure", Value::Null),
+        ("peer_address", "10.0.0.7:40000".into()),
+        ("peer_identity", CALLER.into()),
+        ("own_identity", "spiffe://mesh.local/ns/shop/sa/orders".into()),
+        ("request_bytes", 12.into()),
+        ("response_bytes", 300.into()),
+        ("trace_id", "0af7651916cd43dd8448eb211c80319c".into()),
+    ] {
+        assert_eq!(line[field], expected, "{field} in {line}");
+    }
+    let [span] = &seen.spans()[..] else { panic!("one span") };
+    assert_eq!(span.span_kind, SpanKind::Server);
+    assert_eq!(span.parent_span_id.to_string(), "b7ad6b7169203331");
+    assert!(span.parent_span_is_remote);
+    assert_eq!((span.name.as_ref(), &span.status), ("GET orders", &Status::Unset));
+    for (name, expected) in [
+        ("http.request.method", "GET"),
+        ("http.response.status_code", "200"),
+        ("url.path", "/v1/items"),
+        ("server.address", "orders"),
+        ("server.port", "8080"),
+        ("network.peer.address", "10.0.0.7"),
+        ("weft.service", "orders"),
+        ("weft.route", "items"),
+        ("weft.peer.identity", CALLER),
+        ("weft.tls.version", "1.3"),
+    ] {
+        assert_eq!(attribute(span, name).as_deref(), Some(expected), "{name}");
+    }
+    assert!(seen.counted(&format!("peer=\"{CALLER}\",protocol=\"http1\",code=\"200\",failure=\"\"}} 1")));
+}
+
+#[tokio::test]
+async fn each_attempt_is_a_span_below_the_client_span() {
+    let mut seen = Seen::exporting(AccessLogMode::Failures);
+    let mut record = seen.begin(Direction::Outbound, &[("b3", "0000000000000001-0000000000000002-1")]);
+    let first = record.attempt(endpoint(), None);
+    record.attempt_failed(&Failed::new(Failure::ConnectRefused, "10.1.0.9:8080 refused"));
+    let second = record.attempt(endpoint(), Some("connect_refused"));
+    assert_ne!(first.span_id, second.span_id);
+    let mut headers = HeaderMap::new();
+    record.inject(&second, &mut headers);
+    assert_eq!(headers["b3"], format!("0000000000000001-{:016x}-1", second.span_id).as_str());
+    assert!(headers.contains_key("traceparent"));
+    record.attempt_answered(503);
+    record.status(503);
+    record.complete();
+    drop(record);
+
+    let [failed, answered, client] = &seen.spans()[..] else { panic!("three spans") };
+    assert_eq!(client.parent_span_id.to_string(), "0000000000000002");
+    for span in [failed, answered] {
+        assert_eq!(span.parent_span_id, client.span_context.span_id());
+        assert_eq!(span.span_kind, SpanKind::Client);
+        assert_eq!(attribute(span, "weft.endpoint").as_deref(), Some("10.1.0.9:8080"));
+    }
+    assert_eq!(attribute(failed, "error.type").as_deref(), Some("connect_refused"));
+    assert_eq!(attribute(failed, "weft.retry.reason"), None);
+    assert_eq!(attribute(answered, "weft.attempt").as_deref(), Some("2"));
+    assert_eq!(attribute(answered, "weft.retry.reason").as_deref(), Some("connect_refused"));
+    assert_eq!(attribute(client, "http.request.resend_count").as_deref(), Some("1"));
+    assert_eq!(attribute(client, "error.type").as_deref(), Some("503"));
+    assert!(matches!(client.status, Status::Error { .. }));
+    assert!(seen.lines().await.is_empty(), "an app's own 503 is no failure of the mesh");
+    assert!(seen.counted("outcome=\"first\",reason=\"\"} 1"));
+    assert!(seen.counted("outcome=\"retry\",reason=\"connect_refused\"} 1"));
+}
+
+#[tokio::test]
+async fn a_dropped_record_means_that_the_client_went_away() {
+    let mut seen = Seen::exporting(AccessLogMode::Failures);
+    let mut cut = seen.begin(Direction::Outbound, &[("traceparent", PARENT)]);
+    cut.attempt(endpoint(), None);
+    cut.status(200);
+    drop(cut);
+    drop(seen.begin(Direction::Outbound, &[]));
+    let mut failed = seen.begin(Direction::Outbound, &[]);
+    failed.fail(Failed::new(Failure::NoEndpoint, "orders has no endpoint"));
+    failed.status(503);
+    failed.complete();
+    drop(failed);
+
+    let lines = seen.lines().await;
+    let seen_failures: Vec<_> = lines.iter().map(|line| (&line["failure"], &line["status"])).collect();
+    let (gone, none) = (Value::from("client_gone"), Value::from("no_endpoint"));
+    assert_eq!(seen_failures, [(&gone, &200.into()), (&gone, &Value::Null), (&none, &503.into())]);
+    assert_eq!(lines[2]["detail"], "orders has no endpoint");
+    assert_eq!(lines[0]["attempts"], 1);
+    assert!(seen.counted("code=\"200\",failure=\"client_gone\"} 1"));
+    assert!(seen.counted("code=\"499\",failure=\"client_gone\"} 1"));
+    assert!(seen.counted("code=\"503\",failure=\"no_endpoint\"} 1"));
+    let spans = seen.spans();
+    assert_eq!(spans.len(), 2, "the attempt and the request of the only sampled trace");
+    assert!(spans.iter().all(|span| attribute(span, "weft.failure").as_deref() == Some("client_gone")));
+}
+
+#[tokio::test]
+async fn what_is_not_sampled_leaves_no_span_and_remembers_no_words() {
+    let mut seen = Seen::exporting(AccessLogMode::Off);
+    let mut record = seen.begin(Direction::Inbound, &[("b3", "0")]);
+    assert!(!record.trace().sampled && record.inner.words.is_none());
+    record.attempt(endpoint(), None);
+    record.complete();
+    drop(record);
+    assert!(seen.spans().is_empty());
+    let record = Seen::new(AccessLogMode::Off, &[]).begin(Direction::Inbound, &[("traceparent", PARENT)]);
+    assert!(record.trace().sampled && record.inner.words.is_none(), "without a collector nothing is kept");
+}
+
+#[tokio::test]
+async fn a_panic_is_a_failure_of_ours() {
+    let seen = Seen::exporting(AccessLogMode::Failures);
+    let record = seen.begin(Direction::Inbound, &[]);
+    let task = tokio::spawn(async move {
+        let _record = record;
+        panic!("a bug, made on purpose");
+    });
+    assert!(task.await.is_err());
+    assert_eq!(seen.lines().await[0]["failure"], "internal");
+}
+
+#[tokio::test]
+async fn a_full_queue_drops_spans_and_counts_them() {
+    let variables = [("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9"), ("OTEL_BSP_MAX_QUEUE_SIZE", "2")];
+    let mut seen = Seen::new(AccessLogMode::Off, &variables);
+    (0..5).for_each(|_| drop(seen.begin(Direction::Inbound, &[("traceparent", PARENT)])));
+    assert_eq!(seen.spans().len(), 2);
+    assert!(seen.counted("weft_spans_dropped_total{reason=\"queue_full\"} 3"));
+}
+
+#[tokio::test]
+async fn opaque_connections_and_refusals_have_lines() {
+    let seen = Seen::exporting(AccessLogMode::All);
+    let from = "10.0.0.7:40000".parse().unwrap();
+    let handles = seen.telemetry.metrics().service(Direction::Inbound, "db", "");
+    let mut opaque = seen.telemetry.connection(Direction::Inbound, from);
+    opaque.peer(Some(&CALLER.parse().unwrap()));
+    opaque.opened(Security::MutualTls, Protocol::Opaque);
+    opaque.service(&handles);
+    opaque.endpoint(endpoint());
+    opaque.bytes(10, 2000);
+    assert!(
+        seen.counted("weft_connections_active{direction=\"inbound\",security=\"mtls\",protocol=\"tcp\"} 1")
+    );
+    drop(opaque);
+    let mut refused = seen.telemetry.connection(Direction::Inbound, from);
+    refused.fail(Failed::new(Failure::UntrustedPeer, "the certificate is expired"));
+    drop(refused);
+    let mut http = seen.telemetry.connection(Direction::Inbound, from);
+    http.opened(Security::Plaintext, Protocol::Http1);
+    drop(http);
+
+    let [opaque, refused] = &seen.lines().await[..] else { panic!("two lines") };
+    assert_eq!((&opaque["protocol"], &opaque["security"]), (&"tcp".into(), &"mtls".into()));
+    assert_eq!((&opaque["request_bytes"], &opaque["response_bytes"]), (&10.into(), &2000.into()));
+    assert_eq!((&opaque["service"], &opaque["peer_identity"]), (&"db".into(), &CALLER.into()));
+    assert_eq!(refused["failure"], "untrusted_peer");
+    assert!(refused.as_object().unwrap().contains_key("peer_identity") && refused["peer_identity"].is_null());
+    assert_eq!(refused["own_identity"], "spiffe://mesh.local/ns/shop/sa/orders");
+    assert!(
+        seen.counted("weft_connections_active{direction=\"inbound\",security=\"mtls\",protocol=\"tcp\"} 0")
+    );
+    assert!(
+        seen.counted("weft_tcp_bytes_total{direction=\"inbound\",service=\"db\",flow=\"received\"} 2000")
+    );
+    assert!(
+        seen.counted("weft_connection_failures_total{direction=\"inbound\",failure=\"untrusted_peer\"} 1")
+    );
+    assert!(seen.counted("weft_plaintext_callers_total{address=\"10.0.0.7\"} 1"));
+}
