@@ -3,6 +3,7 @@
 //! address alone, never by what the app says inside the connection.
 
 mod directory;
+pub mod dns;
 pub mod file;
 mod files;
 mod folder;

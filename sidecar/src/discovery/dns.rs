@@ -1,0 +1,202 @@
+//! The DNS responder (RFC 1035, 7766): names of mesh services get their virtual addresses, `localhost` its own,
+//! everything else goes unchanged to the resolvers of the host and back. UDP questions over UDP, TCP questions
+//! over TCP; everything bounded. It keeps no cache: the resolvers behind it have one.
+
+mod answer;
+mod forward;
+mod resolv_conf;
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration, time::SystemTime};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream, UdpSocket},
+    sync::{Semaphore, watch},
+    task::JoinSet,
+    time::{Instant, interval_at, sleep, timeout},
+};
+
+use self::{
+    answer::{Decision, decide, failed},
+    forward::{Forwarder, Transport},
+};
+use super::{Directory, VirtualAddresses};
+
+pub use self::resolv_conf::resolvers;
+
+/// Questions on their way to a resolver at a time; a further one is not answered, and clients ask again.
+const MAX_FORWARDED: usize = 1024;
+/// TCP connections of clients at a time.
+const MAX_CONNECTIONS: usize = 256;
+/// A TCP client that asks nothing for so long is left (RFC 7766 6.2.3: a few seconds).
+const IDLE: Duration = Duration::from_secs(10);
+/// The longest question taken over UDP: far more than any real one.
+const MAX_QUESTION: usize = 4096;
+/// How often addresses of services long gone are looked for.
+const FOLLOW: Duration = Duration::from_secs(3600);
+
+/// Where to answer, and whom to ask.
+#[derive(Debug)]
+pub struct Settings {
+    /// Bound sockets for questions over UDP.
+    pub udp: Vec<std::net::UdpSocket>,
+    /// Listeners for questions over TCP.
+    pub tcp: Vec<std::net::TcpListener>,
+    /// Resolvers for all other names, asked in this order; those that are our own sockets are left out.
+    pub resolvers: Vec<SocketAddr>,
+}
+
+/// What every question needs.
+#[derive(Debug)]
+struct Responder {
+    directory: watch::Receiver<Arc<Directory>>,
+    virtuals: Arc<VirtualAddresses>,
+    forwarder: Forwarder,
+    forwarded: Arc<Semaphore>,
+    connections: Arc<Semaphore>,
+}
+
+/// Answers until it is dropped.
+///
+/// # Errors
+/// Where a socket cannot be used.
+pub async fn run(
+    settings: Settings,
+    directory: watch::Receiver<Arc<Directory>>,
+    virtuals: Arc<VirtualAddresses>,
+) -> io::Result<()> {
+    let mut own = Vec::new();
+    let mut tasks = JoinSet::new();
+    let (mut udp, mut tcp) = (Vec::new(), Vec::new());
+    for socket in settings.udp {
+        socket.set_nonblocking(true)?;
+        own.push(socket.local_addr()?);
+        udp.push(Arc::new(UdpSocket::from_std(socket)?));
+    }
+    for listener in settings.tcp {
+        listener.set_nonblocking(true)?;
+        own.push(listener.local_addr()?);
+        tcp.push(TcpListener::from_std(listener)?);
+    }
+    let responder = Arc::new(Responder {
+        directory,
+        virtuals,
+        forwarder: Forwarder::new(settings.resolvers, &own),
+        forwarded: Arc::new(Semaphore::new(MAX_FORWARDED)),
+        connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+    });
+    for socket in udp {
+        tasks.spawn(serve_udp(Arc::clone(&responder), socket));
+    }
+    for listener in tcp {
+        tasks.spawn(serve_tcp(Arc::clone(&responder), listener));
+    }
+    tasks.spawn(follow(responder.directory.clone(), Arc::clone(&responder.virtuals)));
+    while let Some(ended) = tasks.join_next().await {
+        if let Err(error) = ended {
+            tracing::error!("a task of the DNS responder ended: {error}");
+        }
+    }
+    Ok(())
+}
+
+/// Tells the virtual addresses which services there are.
+async fn follow(mut directory: watch::Receiver<Arc<Directory>>, virtuals: Arc<VirtualAddresses>) {
+    // Not at once: before the first real directory every service would seem gone.
+    let mut hours = interval_at(Instant::now() + FOLLOW, FOLLOW);
+    loop {
+        tokio::select! {
+            changed = directory.changed() => if changed.is_err() { return },
+            _ = hours.tick() => {}
+        }
+        let now = Arc::clone(&directory.borrow_and_update());
+        virtuals.follow(&now, SystemTime::now());
+    }
+}
+
+async fn serve_udp(responder: Arc<Responder>, socket: Arc<UdpSocket>) {
+    let mut buffer = vec![0; MAX_QUESTION + 1];
+    loop {
+        let (length, client) = match socket.recv_from(&mut buffer).await {
+            Ok(received) => received,
+            Err(_) => {
+                // An answer of ours met a closed port, or memory is short: neither ends the service.
+                sleep(Duration::from_millis(1)).await;
+                continue;
+            }
+        };
+        if length > MAX_QUESTION {
+            continue;
+        }
+        match responder.decide(&buffer[..length]) {
+            Decision::Silence => {}
+            Decision::Answer(answer) => {
+                let _ = socket.send_to(&answer, client).await;
+            }
+            Decision::Forward => {
+                let Ok(permit) = Arc::clone(&responder.forwarded).try_acquire_owned() else { continue };
+                let (responder, socket) = (Arc::clone(&responder), Arc::clone(&socket));
+                let question = buffer[..length].to_vec();
+                tokio::spawn(async move {
+                    let answer = responder.forward(&question, Transport::Udp).await;
+                    let _ = socket.send_to(&answer, client).await;
+                    drop(permit);
+                });
+            }
+        }
+    }
+}
+
+async fn serve_tcp(responder: Arc<Responder>, listener: TcpListener) {
+    loop {
+        // The permit is always there in the end: connections are left when they are idle.
+        let Ok(permit) = Arc::clone(&responder.connections).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let responder = Arc::clone(&responder);
+                tokio::spawn(async move {
+                    let _ = converse(&responder, stream).await;
+                    drop(permit);
+                });
+            }
+            Err(_) => sleep(Duration::from_millis(100)).await,
+        }
+    }
+}
+
+/// The questions of one TCP connection, one after the other. Each has its length in two bytes before it.
+async fn converse(responder: &Responder, mut stream: TcpStream) -> io::Result<()> {
+    while let Ok(length) = timeout(IDLE, stream.read_u16()).await? {
+        let mut question = vec![0; length.into()];
+        timeout(IDLE, stream.read_exact(&mut question)).await??;
+        let answer = match responder.decide(&question) {
+            Decision::Silence => return Ok(()),
+            Decision::Answer(answer) => answer,
+            Decision::Forward => match responder.forwarded.try_acquire() {
+                Ok(_permit) => responder.forward(&question, Transport::Tcp).await,
+                Err(_) => failed(&question),
+            },
+        };
+        let framed = forward::framed(&answer)?;
+        timeout(IDLE, stream.write_all(&framed)).await??;
+    }
+    Ok(())
+}
+
+impl Responder {
+    fn decide(&self, question: &[u8]) -> Decision {
+        let directory = Arc::clone(&self.directory.borrow());
+        decide(question, &directory, |name| self.virtuals.address_of(name, SystemTime::now()))
+    }
+
+    /// The resolvers' answer, or ours that none of them gave one.
+    async fn forward(&self, question: &[u8], transport: Transport) -> Vec<u8> {
+        match self.forwarder.ask(question, transport).await {
+            Some(answer) => answer,
+            None => failed(question),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
