@@ -1,2 +1,358 @@
-//! The command line of the certificate authority.
-fn main() {}
+//! The command line of the certificate authority: `init`, `serve`, `token`, `root`.
+//!
+//! Exit code 2: the command, the state or an address is wrong, and nothing ran. The log goes to standard error,
+//! so that standard output holds answers, or the audit.
+
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration, time::SystemTime};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser, Subcommand};
+use humantime::{format_duration, format_rfc3339_seconds, parse_duration};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+use weft_ca::{
+    authority::{Authority, ROOTS_FILE},
+    directory::{Directory, write_private},
+    server::{Options, serve},
+    service::Lifetimes,
+    token::{Tokens, name_of},
+};
+use weft_proto::{
+    names::{AUTHORITY_ADMIN_PORT, AUTHORITY_PORT},
+    spiffe::{SpiffeId, TrustDomain},
+};
+
+/// The certificate authority of the Weft service mesh.
+#[derive(Parser)]
+#[command(name = "weft-ca", version, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make a new authority in an empty directory, and print the SHA-256 of its root
+    Init(Init),
+    /// Sign for the workloads of the mesh
+    Serve(Serve),
+    /// Join tokens: the first proof of a workload
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// Print the root that workloads pin
+    Root(Root),
+}
+
+#[derive(Args)]
+struct State {
+    /// Where root, issuing certificate and tokens are kept (mode 0700)
+    #[arg(long, env = "WEFT_CA_DIR")]
+    dir: PathBuf,
+}
+
+#[derive(Args)]
+struct Init {
+    #[command(flatten)]
+    state: State,
+    /// The name that all identities of this mesh begin with, for example weft.local
+    #[arg(long)]
+    trust_domain: TrustDomain,
+    /// Answer in JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct Serve {
+    #[command(flatten)]
+    state: State,
+    /// Where workloads ask, by gRPC over TLS; port 0 takes any free one
+    #[arg(long, env = "WEFT_CA_LISTEN", default_value_t = SocketAddr::from(([127, 0, 0, 1], AUTHORITY_PORT)))]
+    listen: SocketAddr,
+    /// Probes and metrics: /live, /ready, /metrics over plain HTTP
+    #[arg(
+        long,
+        env = "WEFT_CA_ADMIN",
+        default_value_t = SocketAddr::from(([127, 0, 0, 1], AUTHORITY_ADMIN_PORT))
+    )]
+    admin: SocketAddr,
+    /// How long a certificate lives where the workload asks for nothing else
+    #[arg(long, env = "WEFT_CA_LIFETIME", default_value = "24h", value_parser = parse_duration)]
+    lifetime: Duration,
+    /// How long a certificate lives at most [default: the same as --lifetime]
+    #[arg(long, env = "WEFT_CA_MAX_LIFETIME", value_parser = parse_duration)]
+    max_lifetime: Option<Duration>,
+    /// Append the audit to this file (mode 0600) instead of standard output
+    #[arg(long, env = "WEFT_CA_AUDIT")]
+    audit: Option<PathBuf>,
+    /// Connections at a time
+    #[arg(long, default_value_t = 10_000)]
+    max_connections: usize,
+    /// Write the addresses as JSON to this file once both stand
+    #[arg(long)]
+    address_file: Option<PathBuf>,
+    /// Make a new authority first where the directory is missing or empty; needs --trust-domain
+    #[arg(long, requires = "trust_domain")]
+    init: bool,
+    /// For --init only
+    #[arg(long)]
+    trust_domain: Option<TrustDomain>,
+}
+
+#[derive(Subcommand)]
+enum TokenCommand {
+    /// Make a token; a running authority knows it at once
+    Create(TokenCreate),
+    /// Show all tokens, by the beginning of their hash
+    List(TokenList),
+    /// Take a token back
+    Revoke(TokenRevoke),
+}
+
+#[derive(Args)]
+struct TokenCreate {
+    #[command(flatten)]
+    state: State,
+    /// Whom it stands for: spiffe://DOMAIN/ns/NAMESPACE/sa/ACCOUNT
+    #[arg(long)]
+    identity: SpiffeId,
+    /// May be used more than once
+    #[arg(long)]
+    reusable: bool,
+    /// From now on
+    #[arg(long, default_value = "1h", value_parser = parse_duration)]
+    expires: Duration,
+    /// Write the token to this file (mode 0600) instead of standard output
+    #[arg(short, long)]
+    out: Option<PathBuf>,
+    /// Answer in JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct TokenList {
+    #[command(flatten)]
+    state: State,
+    /// Answer in JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct TokenRevoke {
+    #[command(flatten)]
+    state: State,
+    /// The beginning of the hash, as `token list` shows it
+    token: String,
+}
+
+#[derive(Args)]
+struct Root {
+    #[command(flatten)]
+    state: State,
+    /// Only the SHA-256 of our own root
+    #[arg(long, conflicts_with = "json")]
+    sha256: bool,
+    /// Answer in JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        Command::Init(command) => init(&command),
+        Command::Serve(command) => run(command),
+        Command::Token(TokenCommand::Create(command)) => create_token(&command),
+        Command::Token(TokenCommand::List(command)) => list_tokens(&command),
+        Command::Token(TokenCommand::Revoke(command)) => revoke_token(&command),
+        Command::Root(command) => show_root(&command),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("weft-ca: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn init(command: &Init) -> Result<()> {
+    let directory = Directory::create(&command.state.dir)?;
+    let authority = Authority::init(&directory, command.trust_domain.clone(), SystemTime::now())?;
+    if command.json {
+        println!("{}", describe(&authority));
+    } else {
+        println!("{}", authority.root_sha256());
+        eprintln!(
+            "The line above is the SHA-256 of the new root of {}: what workloads pin. The root itself: {}. Keep \
+             a copy of {} where nobody else can read it.",
+            authority.trust_domain(),
+            directory.path(ROOTS_FILE).display(),
+            command.state.dir.display()
+        );
+    }
+    Ok(())
+}
+
+fn run(command: Serve) -> Result<()> {
+    log();
+    let maximum = command.max_lifetime.unwrap_or(command.lifetime);
+    if command.lifetime < MIN_LIFETIME || maximum < command.lifetime || maximum > MAX_LIFETIME {
+        bail!(
+            "--lifetime is {} and --max-lifetime {}; expected {} to {}, and the maximum not below the other",
+            format_duration(command.lifetime),
+            format_duration(maximum),
+            format_duration(MIN_LIFETIME),
+            format_duration(MAX_LIFETIME)
+        );
+    }
+    if command.init && is_new(&command.state.dir)? {
+        let directory = Directory::create(&command.state.dir)?;
+        // clap has made sure that it is there.
+        let trust_domain = command.trust_domain.context("--init needs --trust-domain")?;
+        Authority::init(&directory, trust_domain, SystemTime::now())?;
+        tracing::info!(dir = %command.state.dir.display(), "made a new authority");
+    }
+    let options = Options {
+        dir: command.state.dir,
+        listen: command.listen,
+        admin: command.admin,
+        lifetimes: Lifetimes { default: command.lifetime, maximum },
+        audit: command.audit,
+        max_connections: command.max_connections,
+        address_file: command.address_file,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let (mut terminate, mut interrupt) =
+            (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let stop = async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        };
+        serve(options, stop).await
+    })
+}
+
+/// Shorter certificates could not be renewed in time.
+const MIN_LIFETIME: Duration = Duration::from_secs(5);
+/// Half of an issuing certificate's life: longer ones would be cut short by their issuer.
+const MAX_LIFETIME: Duration = Duration::from_secs(45 * 24 * 3600);
+/// A token that is good for longer is a password.
+const MAX_TOKEN_LIFE: Duration = Duration::from_secs(366 * 24 * 3600);
+
+/// The end of the year 9999, the last that RFC 3339 can write.
+const LAST_SECOND: u64 = 253_402_300_799;
+
+fn is_new(dir: &std::path::Path) -> Result<bool> {
+    Ok(!dir.exists() || Directory::open(dir)?.names()?.is_empty())
+}
+
+fn create_token(command: &TokenCreate) -> Result<()> {
+    let (directory, authority) = load(&command.state)?;
+    if command.identity.trust_domain() != authority.trust_domain().as_str() {
+        bail!(
+            "{} is not of this authority's trust domain, {}; nobody could use such a token",
+            command.identity,
+            authority.trust_domain()
+        );
+    }
+    if command.identity == authority.own_id()? {
+        bail!("{} is the authority itself; no workload may have that identity", command.identity);
+    }
+    if command.expires > MAX_TOKEN_LIFE {
+        bail!("--expires is longer than a year; expected at most 366days");
+    }
+    let tokens = Tokens::open(&directory)?;
+    let text =
+        tokens.create(command.identity.clone(), command.reusable, command.expires, SystemTime::now())?;
+    if let Some(path) = &command.out {
+        write_private(path, text.as_bytes()).with_context(|| format!("writing {}", path.display()))?;
+    }
+    let shown = if command.out.is_none() { Some(&text) } else { None };
+    if command.json {
+        let answer = serde_json::json!({
+            "token": shown,
+            "name": name_of(&text),
+            "identity": command.identity,
+            "reusable": command.reusable,
+            "expires": format_rfc3339_seconds(SystemTime::now() + command.expires).to_string(),
+        });
+        println!("{answer}");
+    } else if let Some(text) = shown {
+        println!("{text}");
+    }
+    Ok(())
+}
+
+fn list_tokens(command: &TokenList) -> Result<()> {
+    let (directory, _) = load(&command.state)?;
+    for (name, state, token) in Tokens::open(&directory)?.list(SystemTime::now())? {
+        let expires = SystemTime::UNIX_EPOCH + Duration::from_secs(token.expires.min(LAST_SECOND));
+        let expires = format_rfc3339_seconds(expires).to_string();
+        if command.json {
+            let answer = serde_json::json!({
+                "name": name,
+                "state": state,
+                "identity": token.identity,
+                "reusable": token.reusable,
+                "expires": expires,
+            });
+            println!("{answer}");
+        } else {
+            let uses = if token.reusable { "reusable" } else { "once" };
+            let state = serde_json::to_value(state)?;
+            let state = state.as_str().unwrap_or_default();
+            println!("{name}  {state:<8}{uses:<10}{expires}  {}", token.identity);
+        }
+    }
+    Ok(())
+}
+
+fn revoke_token(command: &TokenRevoke) -> Result<()> {
+    let (directory, _) = load(&command.state)?;
+    Tokens::open(&directory)?.revoke(&command.token)
+}
+
+fn show_root(command: &Root) -> Result<()> {
+    let (directory, authority) = load(&command.state)?;
+    if command.sha256 {
+        println!("{}", authority.root_sha256());
+    } else if command.json {
+        println!("{}", describe(&authority));
+    } else {
+        let pem = directory.read(ROOTS_FILE)?.context("roots.pem is missing")?;
+        print!("{}", String::from_utf8_lossy(&pem));
+    }
+    Ok(())
+}
+
+fn load(state: &State) -> Result<(Directory, Authority)> {
+    let directory = Directory::open(&state.dir).context("no authority here; `weft-ca init` makes one")?;
+    let authority = Authority::load(&directory, SystemTime::now())?;
+    Ok((directory, authority))
+}
+
+fn describe(authority: &Authority) -> serde_json::Value {
+    serde_json::json!({
+        "trust_domain": authority.trust_domain(),
+        "root_sha256": authority.root_sha256(),
+        "roots": authority.roots().len(),
+        "root_not_after": format_rfc3339_seconds(authority.root_not_after()).to_string(),
+        "issuing_not_after": format_rfc3339_seconds(authority.issuing_not_after()).to_string(),
+    })
+}
+
+/// The log on standard error; `WEFT_CA_LOG` takes the directives of `tracing`, for example `debug`.
+fn log() {
+    let filter = EnvFilter::try_from_env("WEFT_CA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(false)
+        .with_target(false)
+        .with_writer(std::io::stderr)
+        .init();
+}

@@ -27,6 +27,12 @@ pub struct InvalidId {
     reason: &'static str,
 }
 
+/// The id under which the certificate authority of a trust domain serves: namespace `weft`, service account
+/// `weft-ca`. No workload ever gets it.
+pub fn authority_id(trust_domain: &TrustDomain) -> Result<SpiffeId, InvalidId> {
+    SpiffeId::new(trust_domain, "weft", "weft-ca")
+}
+
 const SCHEME: &str = "spiffe://";
 /// SPIFFE-ID 2.3: implementations must accept, and may refuse longer than, 2048 bytes.
 const MAX_ID_BYTES: usize = 2048;

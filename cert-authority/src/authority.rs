@@ -1,0 +1,499 @@
+//! The root and the issuing certificate: made once, kept in the directory, used to sign workloads.
+//!
+//! The root signs only issuing certificates; the issuing certificate signs workloads and is renewed from the
+//! root at half of its life. Nothing is ever made anew because a file is missing. What was signed is read back
+//! and checked like a stranger's before it is handed out, and never outlives its issuer.
+//! Documents: X509-SVID sections 2 to 5, RFC 5280 section 4.
+
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result, anyhow, bail};
+use aws_lc_rs::{
+    digest::{SHA256, digest},
+    rand,
+};
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber, SubjectPublicKeyInfo,
+};
+use rustls_pki_types::{CertificateDer, UnixTime, pem::PemObject};
+use time::OffsetDateTime;
+use webpki::{EndEntityCert, KeyUsage};
+use weft_proto::{
+    certificate::Leaf,
+    spiffe::{SpiffeId, TrustDomain},
+};
+use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude::FromDer};
+
+use crate::{
+    directory::Directory,
+    request::{Request, hex},
+};
+
+/// Everything that signs. Never changed: a renewed one takes its place.
+pub struct Authority {
+    trust_domain: TrustDomain,
+    root: Signer,
+    issuing: Signer,
+    roots: Vec<CertificateDer<'static>>,
+}
+
+/// A certificate that may sign, with its key.
+struct Signer {
+    certificate: CertificateDer<'static>,
+    issuer: Issuer<'static, KeyPair>,
+    not_before: SystemTime,
+    not_after: SystemTime,
+}
+
+/// A workload's certificate, checked.
+#[derive(Debug, Clone)]
+pub struct Issued {
+    /// Leaf first, then the issuing certificate.
+    pub chain: Vec<CertificateDer<'static>>,
+    /// What the leaf says.
+    pub leaf: Leaf,
+}
+
+/// The root's certificate and key.
+const ROOT_FILE: &str = "root.pem";
+/// The issuing certificate and its key.
+const ISSUING_FILE: &str = "issuing.pem";
+/// The roots that are handed out as the trust bundle.
+pub const ROOTS_FILE: &str = "roots.pem";
+
+const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+const ISSUING_LIFETIME: Duration = Duration::from_secs(90 * 24 * 3600);
+/// Certificates begin a little earlier, for clocks that are a little behind.
+const BACKDATED: Duration = Duration::from_secs(30);
+/// More roots than a rotation needs.
+const MAX_ROOTS: usize = 16;
+
+impl Authority {
+    /// Makes a new authority in an empty directory.
+    ///
+    /// # Errors
+    /// The directory cannot be written.
+    pub fn init(directory: &Directory, trust_domain: TrustDomain, now: SystemTime) -> Result<Self> {
+        let key = KeyPair::generate()?;
+        let params = signer_params(&trust_domain, "root", 1, now - BACKDATED, now + ROOT_LIFETIME)?;
+        let certificate = params.self_signed(&key)?;
+        let root_pem = format!("{}{}", certificate.pem(), key.serialize_pem());
+        let roots_pem = certificate.pem();
+        let root = Signer::parse(root_pem.as_bytes())?;
+        let (issuing, issuing_pem) = root.sign_issuing(&trust_domain, now)?;
+        // The root comes last: without it the directory is seen to be incomplete.
+        directory.write(ROOTS_FILE, roots_pem.as_bytes())?;
+        directory.write(ISSUING_FILE, issuing_pem.as_bytes())?;
+        directory.write(ROOT_FILE, root_pem.as_bytes())?;
+        let roots = vec![root.certificate.clone()];
+        Ok(Authority { trust_domain, root, issuing, roots })
+    }
+
+    /// Takes up an authority where it was left.
+    ///
+    /// # Errors
+    /// A file is missing, damaged, wider than 0600, or does not fit the others; the root has expired.
+    pub fn load(directory: &Directory, now: SystemTime) -> Result<Self> {
+        let read = |name: &str| {
+            let bytes = directory.read(name)?.ok_or_else(|| missing(directory, name))?;
+            Ok::<_, anyhow::Error>((bytes, directory.path(name)))
+        };
+        let (bytes, path) = read(ROOT_FILE)?;
+        let root = Signer::parse(&bytes).with_context(|| format!("{}", path.display()))?;
+        let trust_domain =
+            trust_domain_of(&root.certificate).with_context(|| format!("{}", path.display()))?;
+        if root.not_after <= now {
+            bail!(
+                "{}: the root expired at {}; a new one needs a new directory (`weft-ca init`) and its pin at \
+                 every workload",
+                path.display(),
+                humantime::format_rfc3339_seconds(root.not_after)
+            );
+        }
+        let (bytes, path) = read(ISSUING_FILE)?;
+        let issuing = Signer::parse(&bytes).with_context(|| format!("{}", path.display()))?;
+        let (bytes, path) = read(ROOTS_FILE)?;
+        let roots = parse_roots(&bytes, &root).with_context(|| format!("{}", path.display()))?;
+        let authority = Authority { trust_domain, root, issuing, roots };
+        if authority.issuing.not_after <= now {
+            return authority.renew_issuing(directory, now);
+        }
+        authority.check_issuing(now).with_context(|| {
+            format!("{} was not signed by {ROOT_FILE}", directory.path(ISSUING_FILE).display())
+        })?;
+        Ok(authority)
+    }
+
+    /// The same authority with a new issuing certificate, written to the directory.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn renew_issuing(&self, directory: &Directory, now: SystemTime) -> Result<Self> {
+        let (_, pem) = self.root.sign_issuing(&self.trust_domain, now)?;
+        directory.write(ISSUING_FILE, pem.as_bytes())?;
+        Self::load(directory, now)
+    }
+
+    /// Is more than half of the issuing certificate's life over?
+    pub fn issuing_is_due(&self, now: SystemTime) -> bool {
+        let life = self.issuing.not_after.duration_since(self.issuing.not_before).unwrap_or_default();
+        let renewable = self.issuing.not_after < self.root.not_after;
+        renewable && now + life / 2 >= self.issuing.not_after
+    }
+
+    /// Does `roots.pem` differ from what we hand out?
+    ///
+    /// # Errors
+    /// It cannot be read, or is refused.
+    pub fn roots_changed(&self, directory: &Directory) -> Result<bool> {
+        let bytes = directory.read(ROOTS_FILE)?.ok_or_else(|| missing(directory, ROOTS_FILE))?;
+        let roots = parse_roots(&bytes, &self.root)
+            .with_context(|| format!("{}", directory.path(ROOTS_FILE).display()))?;
+        Ok(roots != self.roots)
+    }
+
+    /// The trust domain.
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
+
+    /// The roots that workloads shall believe: our own, and what an operator added to `roots.pem`.
+    pub fn roots(&self) -> &[CertificateDer<'static>] {
+        &self.roots
+    }
+
+    /// Our own root.
+    pub fn root(&self) -> &CertificateDer<'static> {
+        &self.root.certificate
+    }
+
+    /// The SHA-256 of our root's DER, in hexadecimal: what a client pins.
+    pub fn root_sha256(&self) -> String {
+        hex(digest(&SHA256, &self.root.certificate).as_ref())
+    }
+
+    /// When the root ends.
+    pub fn root_not_after(&self) -> SystemTime {
+        self.root.not_after
+    }
+
+    /// When the issuing certificate ends.
+    pub fn issuing_not_after(&self) -> SystemTime {
+        self.issuing.not_after
+    }
+
+    /// The authority's own id, under which it serves. It is never given to anybody else.
+    pub fn own_id(&self) -> Result<SpiffeId> {
+        weft_proto::spiffe::authority_id(&self.trust_domain).map_err(|error| anyhow!("{error}"))
+    }
+
+    /// Signs a workload's key, for an identity that was proven. The certificate ends after this lifetime, or
+    /// with the issuing certificate where that is sooner.
+    ///
+    /// # Errors
+    /// The identity is of another trust domain, the issuer has expired, or what was signed fails the check.
+    pub fn sign(
+        &self,
+        request: &Request,
+        id: &SpiffeId,
+        lifetime: Duration,
+        now: SystemTime,
+    ) -> Result<Issued> {
+        if id.trust_domain() != self.trust_domain.as_str() {
+            bail!("{id} is not of the trust domain {}", self.trust_domain);
+        }
+        let not_before = (now - BACKDATED).max(self.issuing.not_before);
+        let not_after = (now + lifetime).min(self.issuing.not_after);
+        if not_after <= now {
+            bail!("the issuing certificate has expired");
+        }
+        let mut params = CertificateParams::default();
+        // No subject: the identity is the URI name alone, which rcgen then marks as critical.
+        params.distinguished_name = DistinguishedName::new();
+        params.subject_alt_names = vec![SanType::URI(id.as_str().try_into()?)];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.use_authority_key_identifier_extension = true;
+        params.serial_number = Some(serial()?);
+        params.not_before = OffsetDateTime::from(not_before);
+        params.not_after = OffsetDateTime::from(not_after);
+        let key = SubjectPublicKeyInfo::from_der(&request.public_key)?;
+        let certificate = params.signed_by(&key, &self.issuing.issuer)?;
+        let chain = vec![certificate.der().clone(), self.issuing.certificate.clone()];
+        let leaf = self.check(&chain, request, id, now)?;
+        if leaf.not_after > not_after || leaf.not_before + Duration::from_secs(1) < not_before {
+            bail!("the certificate that was signed lives longer than it should");
+        }
+        Ok(Issued { chain, leaf })
+    }
+
+    /// What a peer will check, checked by us first.
+    fn check(
+        &self,
+        chain: &[CertificateDer<'static>],
+        request: &Request,
+        id: &SpiffeId,
+        now: SystemTime,
+    ) -> Result<Leaf> {
+        let (end_entity, intermediates) = chain.split_first().context("an empty chain")?;
+        let leaf = Leaf::parse(end_entity).map_err(|error| anyhow!("the signed certificate: {error}"))?;
+        if leaf.id != *id || leaf.public_key != request.public_key {
+            bail!("the certificate that was signed is not the one that was asked for");
+        }
+        let anchors = [webpki::anchor_from_trusted_cert(&self.root.certificate)?];
+        let certificate = EndEntityCert::try_from(end_entity)?;
+        let at = UnixTime::since_unix_epoch(now.duration_since(SystemTime::UNIX_EPOCH)?);
+        for usage in [KeyUsage::client_auth(), KeyUsage::server_auth()] {
+            certificate.verify_for_usage(
+                webpki::ALL_VERIFICATION_ALGS,
+                &anchors,
+                intermediates,
+                at,
+                usage,
+                None,
+                None,
+            )?;
+        }
+        Ok(leaf)
+    }
+
+    /// Signs a throw-away key: proves that issuing certificate, root and keys fit together.
+    fn check_issuing(&self, now: SystemTime) -> Result<()> {
+        let key = KeyPair::generate()?;
+        let request = Request { public_key: key.subject_public_key_info() };
+        self.sign(&request, &self.own_id()?, Duration::from_secs(60), now).map(drop)
+    }
+}
+
+impl Signer {
+    /// Reads a certificate and its key, which must belong together.
+    fn parse(pem: &[u8]) -> Result<Self> {
+        let certificate = CertificateDer::from_pem_slice(pem)
+            .map_err(|error| anyhow!("no certificate in PEM can be read: {error}"))?;
+        let text = std::str::from_utf8(pem).context("it is not text")?;
+        let key_at = text.find("-----BEGIN PRIVATE KEY-----").context("it has no private key")?;
+        let key = KeyPair::from_pem(&text[key_at..]).context("its private key cannot be read")?;
+        let parsed = read(&certificate)?;
+        if parsed.public_key().raw != key.subject_public_key_info() {
+            bail!("its certificate and its private key do not belong together");
+        }
+        let (not_before, not_after) = (
+            time_of(parsed.validity().not_before.timestamp()),
+            time_of(parsed.validity().not_after.timestamp()),
+        );
+        let issuer = Issuer::from_ca_cert_der(&certificate, key)?;
+        Ok(Signer { issuer, not_before, not_after, certificate })
+    }
+
+    fn sign_issuing(&self, trust_domain: &TrustDomain, now: SystemTime) -> Result<(Signer, String)> {
+        let key = KeyPair::generate()?;
+        let not_before = (now - BACKDATED).max(self.not_before);
+        let not_after = (now + ISSUING_LIFETIME).min(self.not_after);
+        let params = signer_params(trust_domain, "issuing", 0, not_before, not_after)?;
+        let certificate = params.signed_by(&key, &self.issuer)?;
+        let pem = format!("{}{}", certificate.pem(), key.serialize_pem());
+        Ok((Signer::parse(pem.as_bytes())?, pem))
+    }
+}
+
+/// A certificate that may sign. Its URI name is the trust domain (X509-SVID 4.1); its subject is like no other's.
+fn signer_params(
+    trust_domain: &TrustDomain,
+    role: &str,
+    path_length: u8,
+    not_before: SystemTime,
+    not_after: SystemTime,
+) -> Result<CertificateParams> {
+    let serial = serial()?;
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::OrganizationName, trust_domain.as_str());
+    let name = format!("Weft {role} {}", hex(&serial.to_bytes()[..4]));
+    params.distinguished_name.push(DnType::CommonName, name);
+    params.subject_alt_names = vec![SanType::URI(format!("spiffe://{trust_domain}").try_into()?)];
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(path_length));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params.use_authority_key_identifier_extension = true;
+    params.serial_number = Some(serial);
+    params.not_before = OffsetDateTime::from(not_before);
+    params.not_after = OffsetDateTime::from(not_after);
+    Ok(params)
+}
+
+/// 126 random bits, positive and without a leading zero byte (RFC 5280 section 4.1.2.2).
+fn serial() -> Result<SerialNumber> {
+    let mut bytes = [0; 16];
+    rand::fill(&mut bytes).map_err(|_| anyhow!("the system gives no random bytes"))?;
+    bytes[0] = (bytes[0] & 0x7f) | 0x40;
+    Ok(SerialNumber::from_slice(&bytes))
+}
+
+/// The roots of `roots.pem`; ours must be among them, or nobody would believe what we sign.
+fn parse_roots(pem: &[u8], own: &Signer) -> Result<Vec<CertificateDer<'static>>> {
+    let roots: Vec<CertificateDer<'static>> =
+        CertificateDer::pem_slice_iter(pem).collect::<std::result::Result<_, _>>().context("damaged PEM")?;
+    if roots.len() > MAX_ROOTS {
+        bail!("it has {} roots; at most {MAX_ROOTS} are handed out", roots.len());
+    }
+    if !roots.contains(&own.certificate) {
+        bail!("it lacks the root of {ROOT_FILE}, so nobody would believe what is signed here; add it again");
+    }
+    for root in &roots {
+        webpki::anchor_from_trusted_cert(root).context("one of its certificates is no usable root")?;
+    }
+    Ok(roots)
+}
+
+fn trust_domain_of(root: &CertificateDer<'_>) -> Result<TrustDomain> {
+    let parsed = read(root)?;
+    let names = parsed.subject_alternative_name()?.context("it has no URI name")?;
+    let [GeneralName::URI(uri)] = names.value.general_names[..] else {
+        bail!("it does not have exactly one URI name");
+    };
+    let domain = uri.strip_prefix("spiffe://").context("its name is not a trust domain")?;
+    domain.parse().map_err(|error| anyhow!("{error}"))
+}
+
+fn read<'a>(certificate: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>> {
+    let (_, parsed) =
+        X509Certificate::from_der(certificate).map_err(|error| anyhow!("a damaged certificate: {error}"))?;
+    Ok(parsed)
+}
+
+fn time_of(seconds: i64) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
+}
+
+fn missing(directory: &Directory, name: &str) -> anyhow::Error {
+    anyhow!(
+        "{} is missing. It is never made anew by itself: restore it from a backup. For a first start run \
+         `weft-ca init --dir DIR --trust-domain NAME` on an empty directory",
+        directory.path(name).display()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Home {
+        _outer: tempfile::TempDir,
+        directory: Directory,
+        now: SystemTime,
+    }
+
+    fn home() -> (Home, Authority) {
+        let outer = tempfile::tempdir().unwrap();
+        let directory = Directory::create(&outer.path().join("d")).unwrap();
+        let now = SystemTime::now();
+        let authority = Authority::init(&directory, "weft.local".parse().unwrap(), now).unwrap();
+        (Home { _outer: outer, directory, now }, authority)
+    }
+
+    fn request() -> Request {
+        Request { public_key: KeyPair::generate().unwrap().subject_public_key_info() }
+    }
+
+    fn web() -> SpiffeId {
+        "spiffe://weft.local/ns/shop/sa/web".parse().unwrap()
+    }
+
+    const DAY: Duration = Duration::from_secs(24 * 3600);
+
+    #[test]
+    fn a_restart_keeps_root_and_issuing_certificate() {
+        let (home, authority) = home();
+        let loaded = Authority::load(&home.directory, home.now).unwrap();
+        assert_eq!(loaded.root(), authority.root());
+        assert_eq!(loaded.issuing.certificate, authority.issuing.certificate);
+        assert_eq!(loaded.trust_domain().as_str(), "weft.local");
+        assert_eq!(loaded.root_sha256().len(), 64);
+    }
+
+    #[test]
+    fn what_is_missing_or_damaged_is_an_error_and_never_made_anew() {
+        for name in [ROOT_FILE, ISSUING_FILE, ROOTS_FILE] {
+            let (home, _) = home();
+            home.directory.remove(name).unwrap();
+            let error = format!("{:#}", Authority::load(&home.directory, home.now).err().unwrap());
+            assert!(error.contains(name) && error.contains("backup"), "{error}");
+            assert!(home.directory.read(name).unwrap().is_none(), "{name} was made anew");
+            home.directory.write(name, b"not PEM").unwrap();
+            let error = format!("{:#}", Authority::load(&home.directory, home.now).err().unwrap());
+            assert!(error.contains(name), "{error}");
+        }
+    }
+
+    #[test]
+    fn files_of_two_authorities_do_not_mix() {
+        for name in [ROOT_FILE, ISSUING_FILE, ROOTS_FILE] {
+            let ((home, _), (other, _)) = (self::home(), self::home());
+            let foreign = other.directory.read(name).unwrap().unwrap();
+            home.directory.write(name, &foreign).unwrap();
+            assert!(Authority::load(&home.directory, home.now).is_err(), "{name} of another authority");
+        }
+    }
+
+    #[test]
+    fn a_workload_gets_exactly_what_it_may_have() {
+        let (home, authority) = home();
+        let request = request();
+        let issued = authority.sign(&request, &web(), DAY, home.now).unwrap();
+        assert_eq!(issued.leaf.id, web());
+        assert_eq!(issued.leaf.public_key, request.public_key);
+        assert!(issued.leaf.not_after <= home.now + DAY && issued.leaf.not_after > home.now + DAY / 2);
+        assert!(issued.leaf.not_before < home.now);
+        let parsed = read(&issued.chain[0]).unwrap();
+        assert!(parsed.subject().as_raw().len() == 2, "an empty subject");
+        assert!(parsed.subject_alternative_name().unwrap().unwrap().critical);
+        assert_ne!(issued.leaf.serial, authority.sign(&request, &web(), DAY, home.now).unwrap().leaf.serial);
+        let foreign = "spiffe://evil.example/ns/shop/sa/web".parse().unwrap();
+        assert!(authority.sign(&request, &foreign, DAY, home.now).is_err());
+    }
+
+    #[test]
+    fn nothing_outlives_its_issuer_and_the_issuer_is_renewed_in_time() {
+        let (home, authority) = home();
+        assert!(!authority.issuing_is_due(home.now + ISSUING_LIFETIME / 4));
+        assert!(authority.issuing_is_due(home.now + ISSUING_LIFETIME / 2));
+        let late = authority.issuing.not_after - Duration::from_secs(60);
+        let issued = authority.sign(&request(), &web(), DAY, late).unwrap();
+        assert_eq!(issued.leaf.not_after, authority.issuing.not_after);
+        assert!(authority.sign(&request(), &web(), DAY, authority.issuing.not_after).is_err());
+
+        let renewed = authority.renew_issuing(&home.directory, late).unwrap();
+        assert_eq!(renewed.root(), authority.root());
+        assert!(renewed.issuing.not_after > authority.issuing.not_after);
+        let after = authority.issuing.not_after + DAY;
+        assert!(
+            Authority::load(&home.directory, after).unwrap().sign(&request(), &web(), DAY, after).is_ok()
+        );
+    }
+
+    #[test]
+    fn an_expired_issuer_is_renewed_on_start_and_an_expired_root_is_refused() {
+        let (home, authority) = home();
+        let later = authority.issuing.not_after + DAY;
+        assert!(Authority::load(&home.directory, later).unwrap().issuing.not_after > later);
+        let error = Authority::load(&home.directory, authority.root.not_after).err().unwrap().to_string();
+        assert!(error.contains("root expired"), "{error}");
+    }
+
+    #[test]
+    fn an_operator_adds_roots_but_cannot_lose_ours() {
+        let ((home, authority), (other, _)) = (self::home(), self::home());
+        let both =
+            [ROOTS_FILE, ROOTS_FILE].iter().zip([&home, &other]).fold(Vec::new(), |mut all, (name, at)| {
+                all.extend(at.directory.read(name).unwrap().unwrap());
+                all
+            });
+        home.directory.write(ROOTS_FILE, &both).unwrap();
+        assert_eq!(Authority::load(&home.directory, home.now).unwrap().roots().len(), 2);
+        home.directory.write(ROOTS_FILE, &other.directory.read(ROOTS_FILE).unwrap().unwrap()).unwrap();
+        let error = format!("{:#}", Authority::load(&home.directory, home.now).err().unwrap());
+        assert!(error.contains("lacks the root"), "{error}");
+        assert_eq!(authority.roots().len(), 1);
+    }
+}

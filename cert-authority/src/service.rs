@@ -1,0 +1,386 @@
+//! The gRPC service: who asks, is it proven, what may be given, and one audit line for each answer.
+//!
+//! A caller proves an identity by a join token or by the certificate of the TLS connection; the answer is for
+//! that identity and no other. A token is used up only after everything else was found good. What the caller
+//! learns of a refusal is less than what the audit says.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    pin::Pin,
+    sync::{Arc, Mutex},
+    time::{Duration, SystemTime},
+};
+
+use futures_util::{Stream, StreamExt, stream};
+use tokio::{sync::watch, time::Instant};
+use tokio_stream::wrappers::WatchStream;
+use tonic::{Request, Response, Status};
+use weft_proto::{
+    ca::{
+        Bundle, IssueRequest, IssueResponse, WatchBundleRequest,
+        certificate_authority_server::CertificateAuthority,
+    },
+    certificate::Leaf,
+    spiffe::SpiffeId,
+};
+
+use crate::{
+    audit::{Audit, Line},
+    authority::{Authority, Issued},
+    metrics::Metrics,
+    request,
+    token::{Tokens, name_of},
+};
+
+/// Who is at the other end of a connection.
+#[derive(Debug, Clone)]
+pub struct Caller {
+    /// From where.
+    pub address: SocketAddr,
+    /// The certificate that the TLS handshake has proven, where it was shown.
+    pub leaf: Option<Arc<Leaf>>,
+}
+
+/// How long certificates live.
+#[derive(Debug, Clone, Copy)]
+pub struct Lifetimes {
+    /// Where the caller asks for none.
+    pub default: Duration,
+    /// At most.
+    pub maximum: Duration,
+}
+
+/// The service and what it works with.
+pub struct Service {
+    /// Who signs now.
+    pub authority: watch::Receiver<Arc<Authority>>,
+    /// Turns true when the program stops.
+    pub stopping: watch::Receiver<bool>,
+    /// The join tokens.
+    pub tokens: Tokens,
+    /// Where every decision is written.
+    pub audit: Audit,
+    /// The numbers.
+    pub metrics: Arc<Metrics>,
+    /// How long certificates live.
+    pub lifetimes: Lifetimes,
+    /// Who has tried wrong tokens.
+    pub guesses: Guesses,
+}
+
+/// The gRPC face of a shared [`Service`].
+#[derive(Clone)]
+pub struct Face(pub Arc<Service>);
+
+/// Shorter certificates could not be renewed in time.
+const MIN_LIFETIME: Duration = Duration::from_secs(5);
+
+/// Why nothing was given. The words are for the audit.
+struct Refusal {
+    reason: Reason,
+    detail: String,
+}
+
+#[derive(Clone, Copy)]
+enum Reason {
+    BadRequest,
+    NoProof,
+    BadToken,
+    BadCertificate,
+    TooManyGuesses,
+    Internal,
+}
+
+impl Reason {
+    fn label(self) -> &'static str {
+        match self {
+            Reason::BadRequest => "bad_request",
+            Reason::NoProof => "no_proof",
+            Reason::BadToken => "bad_token",
+            Reason::BadCertificate => "bad_certificate",
+            Reason::TooManyGuesses => "too_many_guesses",
+            Reason::Internal => "internal",
+        }
+    }
+}
+
+impl Refusal {
+    fn new(reason: Reason, detail: impl ToString) -> Self {
+        Refusal { reason, detail: detail.to_string() }
+    }
+
+    fn status(&self) -> Status {
+        match self.reason {
+            Reason::BadRequest => Status::invalid_argument(&self.detail),
+            Reason::NoProof => Status::unauthenticated(
+                "no proof of an identity: send a join token, or connect with a valid certificate",
+            ),
+            Reason::BadToken => {
+                Status::unauthenticated("the join token is unknown, used or expired; make another")
+            }
+            Reason::BadCertificate => Status::unauthenticated("the client certificate proves no identity"),
+            Reason::TooManyGuesses => Status::resource_exhausted("too many wrong tokens; wait a minute"),
+            Reason::Internal => Status::internal("the authority could not sign; see its log"),
+        }
+    }
+}
+
+impl Service {
+    /// Answers one request; blocks on files.
+    fn issue(&self, caller: &Caller, asked: &IssueRequest, now: SystemTime) -> Result<IssueResponse, Status> {
+        let mut line = Line { address: Some(caller.address), proof: "none", ..Line::default() };
+        let authority = self.authority.borrow().clone();
+        let outcome = self.decide(&authority, caller, asked, now, &mut line).and_then(|issued| {
+            self.note_issued(&issued, &mut line, now)?;
+            Ok(issued)
+        });
+        match outcome {
+            Ok(issued) => Ok(IssueResponse {
+                chain: issued.chain.iter().map(|certificate| certificate.to_vec()).collect(),
+                bundle: Some(bundle(&authority)),
+            }),
+            Err(refusal) => {
+                self.note_refused(&refusal, line, now);
+                Err(refusal.status())
+            }
+        }
+    }
+
+    fn decide(
+        &self,
+        authority: &Authority,
+        caller: &Caller,
+        asked: &IssueRequest,
+        now: SystemTime,
+        line: &mut Line,
+    ) -> Result<Issued, Refusal> {
+        let request =
+            request::Request::parse(&asked.csr).map_err(|error| Refusal::new(Reason::BadRequest, error))?;
+        line.public_key_sha256 = Some(request.fingerprint());
+        let lifetime = self.lifetime(asked.lifetime_seconds)?;
+        let id = if asked.join_token.is_empty() {
+            self.prove_by_certificate(caller, now, line)?
+        } else {
+            self.prove_by_token(caller, &asked.join_token, now, line)?
+        };
+        line.identity = Some(id.to_string());
+        let own = authority.own_id().map_err(|error| Refusal::new(Reason::Internal, error))?;
+        if id == own {
+            return Err(Refusal::new(Reason::BadCertificate, "nobody gets the authority's own identity"));
+        }
+        if !asked.join_token.is_empty() {
+            self.use_up(&asked.join_token, now)?;
+        }
+        authority
+            .sign(&request, &id, lifetime, now)
+            .map_err(|error| Refusal::new(Reason::Internal, format!("{error:#}")))
+    }
+
+    fn lifetime(&self, seconds: u32) -> Result<Duration, Refusal> {
+        match Duration::from_secs(seconds.into()) {
+            Duration::ZERO => Ok(self.lifetimes.default),
+            short if short < MIN_LIFETIME => Err(Refusal::new(
+                Reason::BadRequest,
+                format!("a lifetime of {seconds} s cannot be renewed in time; ask for 5 s or more"),
+            )),
+            asked => Ok(asked.min(self.lifetimes.maximum)),
+        }
+    }
+
+    fn prove_by_certificate(
+        &self,
+        caller: &Caller,
+        now: SystemTime,
+        line: &mut Line,
+    ) -> Result<SpiffeId, Refusal> {
+        let Some(leaf) = &caller.leaf else {
+            return Err(Refusal::new(Reason::NoProof, "neither a token nor a client certificate"));
+        };
+        line.proof = "certificate";
+        line.identity = Some(leaf.id.to_string());
+        line.proof_serial = Some(leaf.serial.clone());
+        // The handshake may have been a while ago.
+        if leaf.not_after <= now {
+            return Err(Refusal::new(Reason::BadCertificate, "the client certificate has expired since"));
+        }
+        if leaf.id.trust_domain() != self.authority.borrow().trust_domain().as_str() {
+            return Err(Refusal::new(Reason::BadCertificate, "it is of another trust domain"));
+        }
+        Ok(leaf.id.clone())
+    }
+
+    fn prove_by_token(
+        &self,
+        caller: &Caller,
+        text: &str,
+        now: SystemTime,
+        line: &mut Line,
+    ) -> Result<SpiffeId, Refusal> {
+        line.proof = "token";
+        line.token = Some(name_of(text));
+        let from = caller.address.ip();
+        if self.guesses.too_many(from) {
+            return Err(Refusal::new(Reason::TooManyGuesses, "this address tried too many wrong tokens"));
+        }
+        match self.tokens.check(text, now) {
+            Ok(Ok(token)) => Ok(token.identity),
+            Ok(Err(invalid)) => {
+                self.guesses.note(from);
+                Err(Refusal::new(Reason::BadToken, format!("the token is {invalid}")))
+            }
+            Err(error) => Err(Refusal::new(Reason::Internal, format!("{error:#}"))),
+        }
+    }
+
+    fn use_up(&self, text: &str, now: SystemTime) -> Result<(), Refusal> {
+        let used = self.tokens.check(text, now).and_then(|checked| match checked {
+            Ok(token) => self.tokens.consume(text, &token),
+            Err(invalid) => Ok(Err(invalid)),
+        });
+        match used {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(invalid)) => Err(Refusal::new(Reason::BadToken, format!("the token is {invalid}"))),
+            Err(error) => Err(Refusal::new(Reason::Internal, format!("{error:#}"))),
+        }
+    }
+
+    /// Fails where the audit cannot be written: then nothing is given.
+    fn note_issued(&self, issued: &Issued, line: &mut Line, now: SystemTime) -> Result<(), Refusal> {
+        let time = |at| Some(humantime::format_rfc3339_seconds(at).to_string());
+        let mut line = std::mem::take(line);
+        let label = line.proof;
+        line.event = "issued";
+        line.serial = Some(issued.leaf.serial.clone());
+        line.not_before = time(issued.leaf.not_before);
+        line.not_after = time(issued.leaf.not_after);
+        self.audit.write(line, now).map_err(|error| Refusal::new(Reason::Internal, format!("{error:#}")))?;
+        self.metrics.issued.get_or_create(&[("proof", label)]).inc();
+        Ok(())
+    }
+
+    fn note_refused(&self, refusal: &Refusal, mut line: Line, now: SystemTime) {
+        let label = refusal.reason.label();
+        self.metrics.refused.get_or_create(&[("reason", label)]).inc();
+        line.event = "refused";
+        line.reason = Some(label);
+        line.detail = Some(refusal.detail.clone());
+        if let Reason::Internal = refusal.reason {
+            tracing::error!(detail = refusal.detail, "a certificate could not be given");
+        }
+        if let Err(error) = self.audit.write(line, now) {
+            tracing::error!("the audit cannot be written: {error:#}");
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl CertificateAuthority for Face {
+    async fn issue(&self, request: Request<IssueRequest>) -> Result<Response<IssueResponse>, Status> {
+        let Some(caller) = request.extensions().get::<Caller>().cloned() else {
+            return Err(Status::internal("the connection is unknown"));
+        };
+        let service = self.0.clone();
+        let began = Instant::now();
+        let work =
+            tokio::task::spawn_blocking(move || service.issue(&caller, request.get_ref(), SystemTime::now()));
+        let answer = work.await.map_err(|_| Status::internal("the authority failed; see its log"))?;
+        self.0.metrics.issue_seconds.observe(began.elapsed().as_secs_f64());
+        answer.map(Response::new)
+    }
+
+    type WatchBundleStream = Pin<Box<dyn Stream<Item = Result<Bundle, Status>> + Send>>;
+
+    async fn watch_bundle(
+        &self,
+        _request: Request<WatchBundleRequest>,
+    ) -> Result<Response<Self::WatchBundleStream>, Status> {
+        let watcher = Watcher::new(self.0.metrics.clone());
+        let mut last = None;
+        let changes = WatchStream::new(self.0.authority.clone()).filter_map(move |authority| {
+            let _counted = &watcher;
+            let now = bundle(&authority);
+            let changed = last.as_ref() != Some(&now);
+            last = Some(now.clone());
+            futures_util::future::ready(changed.then_some(Ok(now)))
+        });
+        let mut stopping = self.0.stopping.clone();
+        let stopped = async move {
+            let _ = stopping.wait_for(|stopping| *stopping).await;
+        };
+        let last_words = stream::once(async { Err(Status::unavailable("the authority is stopping")) });
+        Ok(Response::new(Box::pin(changes.take_until(Box::pin(stopped)).chain(last_words))))
+    }
+}
+
+fn bundle(authority: &Authority) -> Bundle {
+    Bundle {
+        trust_domain: authority.trust_domain().to_string(),
+        roots: authority.roots().iter().map(|root| root.to_vec()).collect(),
+    }
+}
+
+/// Counts one stream of the bundle while it lives.
+struct Watcher(Arc<Metrics>);
+
+impl Watcher {
+    fn new(metrics: Arc<Metrics>) -> Self {
+        metrics.watchers.inc();
+        Watcher(metrics)
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.0.watchers.dec();
+    }
+}
+
+/// Wrong tokens by address: 256 bits are not guessed, but whoever tries shall not fill the audit either.
+#[derive(Default)]
+pub struct Guesses(Mutex<HashMap<IpAddr, (Instant, u32)>>);
+
+/// Wrong tokens that an address may send in a window.
+const GUESSES: u32 = 30;
+const WINDOW: Duration = Duration::from_secs(60);
+/// Addresses remembered; when there are more, all are forgotten and counted afresh.
+const ADDRESSES: usize = 4096;
+
+impl Guesses {
+    fn too_many(&self, address: IpAddr) -> bool {
+        let table = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        table.get(&address).is_some_and(|(began, count)| began.elapsed() < WINDOW && *count >= GUESSES)
+    }
+
+    fn note(&self, address: IpAddr) {
+        let mut table = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if table.len() >= ADDRESSES && !table.contains_key(&address) {
+            table.clear();
+        }
+        let entry = table.entry(address).or_insert_with(|| (Instant::now(), 0));
+        if entry.0.elapsed() >= WINDOW {
+            *entry = (Instant::now(), 0);
+        }
+        entry.1 += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn wrong_tokens_are_limited_by_address_and_forgiven() {
+        let guesses = Guesses::default();
+        let (one, other) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
+        for _ in 0..GUESSES {
+            assert!(!guesses.too_many(one));
+            guesses.note(one);
+        }
+        assert!(guesses.too_many(one) && !guesses.too_many(other));
+        tokio::time::advance(WINDOW).await;
+        assert!(!guesses.too_many(one));
+        guesses.note(one);
+        assert!(!guesses.too_many(one), "the count began afresh");
+    }
+}
