@@ -1,1 +1,132 @@
-//! Room `balance`: to be built.
+//! Which endpoint takes the next attempt: two candidates at random, the less loaded of them (P2C over peak-EWMA
+//! latency and requests in flight, after Finagle and Tower), and a breaker for each endpoint. An update of the
+//! set keeps what is known of those that stay. One short lock, never held across an await; dialling and sending
+//! are done elsewhere.
+
+mod breaker;
+mod endpoints;
+mod load;
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+pub use self::breaker::Condition;
+use self::endpoints::{Endpoints, Ticket};
+use crate::model::{Breaker, Endpoint};
+
+/// The endpoints of one service. Shared by all workers.
+#[derive(Debug)]
+pub struct Balancer {
+    endpoints: Arc<Mutex<Endpoints>>,
+}
+
+/// An endpoint chosen for one attempt. It counts as in flight until this is dropped; dropped without a verdict
+/// (the client went away) it counts neither as success nor as failure.
+#[derive(Debug)]
+pub struct Picked {
+    endpoints: Arc<Mutex<Endpoints>>,
+    ticket: Ticket,
+    succeeded: bool,
+}
+
+/// An endpoint was put out by its breaker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ejection {
+    /// Which one.
+    pub address: SocketAddr,
+    /// For how long.
+    pub lasts: Duration,
+    /// Its how manieth in a row.
+    pub count: u32,
+}
+
+/// What is known of an endpoint at a moment.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EndpointState {
+    /// The endpoint as discovery knows it.
+    pub endpoint: Endpoint,
+    /// What its breaker says.
+    pub condition: Condition,
+    /// Failures in a row.
+    pub failures: u32,
+    /// Seconds of latency, decayed, times the attempts in flight plus one; 0 before the first answer.
+    pub load: f64,
+    /// Attempts in flight.
+    pub in_flight: u32,
+}
+
+impl Balancer {
+    /// Without endpoints yet. The same seed and the same calls give the same choices.
+    pub fn new(policy: Breaker, seed: u64) -> Self {
+        Balancer { endpoints: Arc::new(Mutex::new(Endpoints::new(policy, seed))) }
+    }
+
+    /// Takes a newer set of endpoints; those known by their address keep load, breaker and attempts in flight.
+    pub fn update(&self, endpoints: &[Endpoint]) {
+        lock(&self.endpoints).update(endpoints);
+    }
+
+    /// Takes a newer policy; who is out stays out for the time once set.
+    pub fn set_policy(&self, policy: Breaker) {
+        lock(&self.endpoints).set_policy(policy);
+    }
+
+    /// Chooses an endpoint, if there is any. Those in `avoid` (already tried) are chosen only where no other is
+    /// usable, and those that are out only where all others were tried: an answer is better than none.
+    pub fn pick(&self, avoid: &[SocketAddr], now: Instant) -> Option<Picked> {
+        let ticket = lock(&self.endpoints).pick(avoid, now)?;
+        Some(Picked { endpoints: Arc::clone(&self.endpoints), ticket, succeeded: false })
+    }
+
+    /// Counts an attempt at this endpoint and no other, where the app dialled it by its own address. None where
+    /// it is not in the set.
+    pub fn pick_only(&self, address: SocketAddr, now: Instant) -> Option<Picked> {
+        let ticket = lock(&self.endpoints).pick_only(address, now)?;
+        Some(Picked { endpoints: Arc::clone(&self.endpoints), ticket, succeeded: false })
+    }
+
+    /// What is known of every endpoint, sorted by address.
+    pub fn states(&self, now: Instant) -> Vec<EndpointState> {
+        lock(&self.endpoints).states(now)
+    }
+}
+
+impl Picked {
+    /// Where to go.
+    pub fn address(&self) -> SocketAddr {
+        self.ticket.address
+    }
+
+    /// The head of the answer came, and is no failure of the endpoint. The attempt stays in flight until this is
+    /// dropped. Only the first call counts.
+    pub fn succeeded(&mut self, now: Instant) {
+        if !self.succeeded {
+            self.succeeded = true;
+            lock(&self.endpoints).succeeded(self.ticket, now);
+        }
+    }
+
+    /// The endpoint failed, perhaps in the middle of its answer. Says whether that put it out.
+    pub fn failed(&mut self, now: Instant) -> Option<Ejection> {
+        lock(&self.endpoints).failed(self.ticket, now)
+    }
+}
+
+impl Drop for Picked {
+    fn drop(&mut self) {
+        lock(&self.endpoints).done(self.ticket);
+    }
+}
+
+/// A panic elsewhere while the lock was held leaves numbers, which are never inconsistent enough to stop for.
+fn lock(endpoints: &Mutex<Endpoints>) -> MutexGuard<'_, Endpoints> {
+    endpoints.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;
