@@ -1,0 +1,125 @@
+//! Does an answer speak against the endpoint that gave it? The breaker counts what says that the endpoint, or what
+//! it stands on, is in trouble: 502, 503 and 504, and the gRPC statuses DEADLINE_EXCEEDED, INTERNAL, UNAVAILABLE
+//! and DATA_LOSS. A 500, and UNKNOWN in gRPC, is mostly the app's bug with this one request and would put out one
+//! endpoint after the other. Failures of the transport count too; they are no answers and not judged here.
+
+use crate::model::{Failure, Side};
+
+/// A gRPC status (gRPC "Status codes and their use").
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GrpcStatus(u8);
+
+impl GrpcStatus {
+    /// Reads `grpc-status`. What is no known number is UNKNOWN, as gRPC libraries take it.
+    pub fn parse(text: &str) -> Self {
+        match text.parse::<u8>() {
+            Ok(code @ 0..=16) if text.len() <= 2 && !text.starts_with('+') => GrpcStatus(code),
+            _ => GrpcStatus(2),
+        }
+    }
+
+    /// The number.
+    pub fn code(self) -> u8 {
+        self.0
+    }
+
+    /// Did the call succeed?
+    pub fn is_ok(self) -> bool {
+        self.0 == 0
+    }
+
+    /// The name in the specification.
+    pub fn label(self) -> &'static str {
+        const NAMES: [&str; 17] = [
+            "OK",
+            "CANCELLED",
+            "UNKNOWN",
+            "INVALID_ARGUMENT",
+            "DEADLINE_EXCEEDED",
+            "NOT_FOUND",
+            "ALREADY_EXISTS",
+            "PERMISSION_DENIED",
+            "RESOURCE_EXHAUSTED",
+            "FAILED_PRECONDITION",
+            "ABORTED",
+            "OUT_OF_RANGE",
+            "UNIMPLEMENTED",
+            "INTERNAL",
+            "UNAVAILABLE",
+            "DATA_LOSS",
+            "UNAUTHENTICATED",
+        ];
+        NAMES.get(usize::from(self.0)).copied().unwrap_or("UNKNOWN")
+    }
+}
+
+/// Does an answer with this status count as a failure of its endpoint? `grpc` comes from the head of an answer
+/// that has trailers only, or from the trailers.
+pub fn speaks_against_endpoint(status: u16, grpc: Option<GrpcStatus>) -> bool {
+    matches!(status, 502..=504) || grpc.is_some_and(|status| matches!(status.0, 4 | 13 | 14 | 15))
+}
+
+/// Does this failure of an attempt count as a failure of its endpoint? What the caller or the mesh did wrong does
+/// not, nor does a request's own deadline, which may have been short from the start.
+pub fn failure_speaks_against_endpoint(failure: Failure) -> bool {
+    failure.side() == Side::Upstream && failure != Failure::RequestTimeout
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_judged_as_documented() {
+        for (status, grpc, expected) in [
+            (200, None, false),
+            (404, None, false),
+            (429, None, false),
+            (500, None, false),
+            (501, None, false),
+            (502, None, true),
+            (503, None, true),
+            (504, None, true),
+            (505, None, false),
+            (200, Some("0"), false),
+            (200, Some("2"), false),
+            (200, Some("4"), true),
+            (200, Some("5"), false),
+            (200, Some("13"), true),
+            (200, Some("14"), true),
+            (200, Some("15"), true),
+            (200, Some("16"), false),
+            (200, Some("99"), false),
+            (503, Some("0"), true),
+        ] {
+            let grpc = grpc.map(GrpcStatus::parse);
+            assert_eq!(speaks_against_endpoint(status, grpc), expected, "{status} {grpc:?}");
+        }
+    }
+
+    #[test]
+    fn a_strange_grpc_status_is_unknown() {
+        for text in ["", "x", "17", "-1", "+4", "014", " 4", "256", "99999999999999999999"] {
+            assert_eq!(GrpcStatus::parse(text).label(), "UNKNOWN", "{text:?}");
+        }
+        assert_eq!(GrpcStatus::parse("14").label(), "UNAVAILABLE");
+        assert!(GrpcStatus::parse("0").is_ok());
+    }
+
+    #[test]
+    fn only_upstream_failures_speak_against_an_endpoint() {
+        for (failure, expected) in [
+            (Failure::ConnectRefused, true),
+            (Failure::Handshake, true),
+            (Failure::Reset, true),
+            (Failure::AttemptTimeout, true),
+            (Failure::BodyCut, true),
+            (Failure::RequestTimeout, false),
+            (Failure::ClientGone, false),
+            (Failure::NoIdentity, false),
+            (Failure::Overloaded, false),
+        ] {
+            assert_eq!(failure_speaks_against_endpoint(failure), expected, "{failure}");
+        }
+    }
+}
