@@ -1,0 +1,72 @@
+//! What both faces share: one connection served by hyper within limits, and the shapes of answers.
+
+use std::{convert::Infallible, future::Future, time::Duration};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{
+    Request, Response, StatusCode,
+    body::Incoming,
+    header::{ALLOW, CONTENT_TYPE, HeaderValue},
+    server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::timeout,
+};
+
+/// An answer, all in memory.
+pub type Answer = Response<Full<Bytes>>;
+
+/// How long a client may take for the head of its request.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a connection may take altogether; longer than any probe.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(75);
+/// hyper's read buffer: bounds the head of a request.
+const BUFFER_BYTES: usize = 16 * 1024;
+const MAX_HEADERS: usize = 64;
+
+/// Serves one request and closes: an idle client must not keep a probe of the kubelet out.
+pub async fn serve_one<Io, Answering>(io: Io, answer: impl Fn(Request<Incoming>) -> Answering)
+where
+    Io: AsyncRead + AsyncWrite + Unpin,
+    Answering: Future<Output = Answer>,
+{
+    let service = service_fn(|request| {
+        let answering = answer(request);
+        async { Ok::<_, Infallible>(answering.await) }
+    });
+    let connection = http1::Builder::new()
+        .keep_alive(false)
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_buf_size(BUFFER_BYTES)
+        .max_headers(MAX_HEADERS)
+        .serve_connection(TokioIo::new(io), service);
+    // A client that breaks off or is too slow is its own problem.
+    let _ = timeout(CONNECTION_TIMEOUT, connection).await;
+}
+
+pub fn answer(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Answer {
+    let mut answer = Response::new(Full::new(body.into()));
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    answer
+}
+
+pub fn text(status: StatusCode, body: impl Into<Bytes>) -> Answer {
+    answer(status, "text/plain; charset=utf-8", body)
+}
+
+pub fn json(status: StatusCode, value: &serde_json::Value) -> Answer {
+    answer(status, "application/json", value.to_string())
+}
+
+/// 405 with the methods that are taken (RFC 9110 15.5.6).
+pub fn only(methods: &'static str, mut refusal: Answer) -> Answer {
+    *refusal.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
+    refusal.headers_mut().insert(ALLOW, HeaderValue::from_static(methods));
+    refusal
+}
