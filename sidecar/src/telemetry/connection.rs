@@ -9,7 +9,8 @@ use weft_proto::spiffe::SpiffeId;
 use super::{
     Telemetry,
     access_log::Line,
-    metrics::{Direction, OpenConnection, Security, ServiceMetrics},
+    metrics::{Direction, OpenConnection, Security},
+    service_metrics::ServiceMetrics,
 };
 use crate::model::{Failed, Failure, Protocol};
 

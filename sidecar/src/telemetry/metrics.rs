@@ -1,24 +1,25 @@
 //! The numbers: one struct for all metrics of the sidecar, prefix `weft_`, in seconds and bytes.
 //! `docs/observability.md` lists them. A path, a query or a header never becomes a label, and each name has a
-//! cap (`families`). What the hot path counts is resolved ahead of time into [`ServiceMetrics`].
+//! cap (`families`). What the hot path counts is resolved ahead of time into
+//! [`ServiceMetrics`].
 
 use std::{
     net::IpAddr,
-    sync::{Arc, PoisonError, RwLock},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use prometheus_client::{
     encoding::text::encode,
-    metrics::{counter::Counter, gauge::Gauge, histogram::Histogram},
+    metrics::{counter::Counter, gauge::Gauge},
     registry::Registry,
 };
-use weft_proto::spiffe::SpiffeId;
 
 use super::{
     exposition,
-    families::{Cap, Counters, Durations, Gauges, HISTOGRAM_SERIES, SERIES},
+    families::{Cap, Counters, Gauges, SERIES},
     process::Process,
+    service_metrics::{PerService, ServiceMetrics},
 };
 use crate::model::{Failure, Protocol};
 
@@ -64,54 +65,12 @@ pub struct Metrics {
     log_lines_dropped: Counter,
 }
 
-/// The families from which the handles of a service are made.
-#[derive(Debug, Clone)]
-struct PerService {
-    requests: Counters,
-    durations: Durations,
-    request_bytes: Counters,
-    response_bytes: Counters,
-    attempts: Counters,
-    retries_refused: Counters,
-    tcp_bytes: Counters,
-}
-
-/// The handles of one service and route in one direction. Kept by whoever routes; counting through it takes a
-/// short lock and, after the first time, allocates nothing.
-#[derive(Debug)]
-pub struct ServiceMetrics {
-    direction: Direction,
-    service: Arc<str>,
-    route: Arc<str>,
-    duration: Histogram,
-    request_bytes: Counter,
-    response_bytes: Counter,
-    first_attempts: Counter,
-    families: PerService,
-    requests: RwLock<Vec<(RequestKey, Counter)>>,
-}
-
-/// The labels of a finished request beside those of its service.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RequestKey {
-    /// The proven identity of the other side.
-    pub peer: Option<SpiffeId>,
-    /// What was spoken on our side of the request.
-    pub protocol: Protocol,
-    /// The status that the caller saw.
-    pub code: u16,
-    /// Why the mesh could not carry it.
-    pub failure: Option<Failure>,
-}
-
 /// One open connection; counts it as gone when dropped.
 #[derive(Debug)]
 pub struct OpenConnection {
     active: Gauge,
 }
 
-/// Label sets that a service's handles remember; rarer ones are looked up in the family each time.
-const REMEMBERED: usize = 64;
 /// Plaintext callers are counted by address, up to this many.
 const PLAINTEXT_CALLERS: usize = 100;
 
@@ -152,33 +111,11 @@ impl Metrics {
         let help = "Lookups of a series past the cap of its metric, counted there as `other`";
         let overflow = Counters::register(weft, "metrics_overflow", help, overflow_cap);
         let cap = |name: &str, labels, series| Cap::new(labels, series, overflow.with(&[name]));
+        let per_service = PerService::register(weft, cap);
         let mut counters = |name: &str, help: &str, labels, series| {
             Counters::register(weft, name, help, cap(name, labels, series))
         };
 
-        let requests = counters(
-            "requests",
-            "Finished requests",
-            &["direction", "service", "route", "peer", "protocol", "code", "failure"],
-            SERIES,
-        );
-        let per_route: &[&str] = &["direction", "service", "route"];
-        let request_bytes = counters("request_bytes", "Body bytes of requests", per_route, SERIES);
-        let response_bytes = counters("response_bytes", "Body bytes of responses", per_route, SERIES);
-        let attempts = counters(
-            "attempts",
-            "Attempts of requests",
-            &["direction", "service", "outcome", "reason"],
-            SERIES,
-        );
-        let retries_refused =
-            counters("retries_refused", "Retries that were not made", &["service", "reason"], SERIES);
-        let tcp_bytes = counters(
-            "tcp_bytes",
-            "Bytes of opaque connections, as seen by the side that opened them",
-            &["direction", "service", "flow"],
-            SERIES,
-        );
         let connections = counters(
             "connections",
             "Connections accepted from the app (outbound) and from peers (inbound)",
@@ -214,10 +151,6 @@ impl Metrics {
             gauges("pool_connections", "Open connections to endpoints, kept for reuse", &["protocol"]);
         let build_info = gauges("build_info", "Always 1", &["version"]);
         build_info.with(&[env!("CARGO_PKG_VERSION")]).set(1);
-        let duration_help = "From the head of a request to the end of its answer";
-        let duration_cap = cap("request_duration_seconds", per_route, HISTOGRAM_SERIES);
-        let durations = Durations::register(weft, "request_duration_seconds", duration_help, duration_cap);
-
         let (certificate_expiry, log_lines_dropped) = (Gauge::default(), Counter::default());
         let spans_exported = Counter::default();
         weft.register("spans_exported", "Spans that the collector took", spans_exported.clone());
@@ -226,15 +159,6 @@ impl Metrics {
         let help = "Lines of the access log that were lost because writing was too slow";
         weft.register("log_lines_dropped", help, log_lines_dropped.clone());
 
-        let per_service = PerService {
-            requests,
-            durations,
-            request_bytes,
-            response_bytes,
-            attempts,
-            retries_refused,
-            tcp_bytes,
-        };
         Metrics {
             registry,
             per_service,
@@ -266,19 +190,7 @@ impl Metrics {
 
     /// The handles of a service and a route; `route` is empty where no policy names one.
     pub fn service(&self, direction: Direction, service: &str, route: &str) -> Arc<ServiceMetrics> {
-        let families = self.per_service.clone();
-        let labels = [direction.label(), service, route];
-        Arc::new(ServiceMetrics {
-            direction,
-            service: service.into(),
-            route: route.into(),
-            duration: families.durations.with(&labels),
-            request_bytes: families.request_bytes.with(&labels),
-            response_bytes: families.response_bytes.with(&labels),
-            first_attempts: families.attempts.with(&[direction.label(), service, "first", ""]),
-            families,
-            requests: RwLock::default(),
-        })
+        ServiceMetrics::new(&self.per_service, direction, service, route)
     }
 
     /// Counts a connection as open until the answer is dropped.
@@ -357,77 +269,6 @@ impl Metrics {
 
     pub(super) fn log_line_dropped(&self) {
         self.log_lines_dropped.inc();
-    }
-}
-
-impl ServiceMetrics {
-    /// Which way.
-    pub fn direction(&self) -> Direction {
-        self.direction
-    }
-
-    /// The name of the service.
-    pub fn service(&self) -> &Arc<str> {
-        &self.service
-    }
-
-    /// The name of the route; empty where no policy names one.
-    pub fn route(&self) -> &Arc<str> {
-        &self.route
-    }
-
-    /// Counts an attempt: the first without a reason, a retry with the label of what went wrong before.
-    pub fn attempt(&self, retry: Option<&str>) {
-        match retry {
-            None => self.first_attempts.inc(),
-            Some(reason) => {
-                let labels = [self.direction.label(), &self.service, "retry", reason];
-                self.families.attempts.with(&labels).inc()
-            }
-        };
-    }
-
-    /// A retry was wanted and not made (`budget`, `attempts`, `method`, `body`, `deadline`, ...).
-    pub fn retry_refused(&self, reason: &'static str) {
-        self.families.retries_refused.with(&[&self.service, reason]).inc();
-    }
-
-    /// Bytes of an opaque connection: towards whom it was opened (`sent`), and back (`received`).
-    pub fn tcp_bytes(&self, sent: u64, received: u64) {
-        for (flow, bytes) in [("sent", sent), ("received", received)] {
-            self.families.tcp_bytes.with(&[self.direction.label(), &self.service, flow]).inc_by(bytes);
-        }
-    }
-
-    /// A request ended.
-    pub(super) fn finished(&self, key: RequestKey, took: Duration, request_bytes: u64, response_bytes: u64) {
-        self.duration.observe(took.as_secs_f64());
-        self.request_bytes.inc_by(request_bytes);
-        self.response_bytes.inc_by(response_bytes);
-        let remembered = self.requests.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, counter)) = remembered.iter().find(|(known, _)| *known == key) {
-            counter.inc();
-            return;
-        }
-        drop(remembered);
-        let counter = self.counter(&key);
-        counter.inc();
-        let mut remembered = self.requests.write().unwrap_or_else(PoisonError::into_inner);
-        if remembered.len() < REMEMBERED {
-            remembered.push((key, counter));
-        }
-    }
-
-    fn counter(&self, key: &RequestKey) -> Counter {
-        self.families.requests.with(&[
-            self.direction.label(),
-            &self.service,
-            &self.route,
-            key.peer.as_ref().map_or("", SpiffeId::as_str),
-            key.protocol.label(),
-            &key.code.to_string(),
-            key.failure.map_or("", Failure::label),
-        ])
     }
 }
 

@@ -25,7 +25,8 @@ use weft_proto::spiffe::SpiffeId;
 use super::{
     Telemetry,
     access_log::Line,
-    metrics::{Direction, RequestKey, ServiceMetrics},
+    metrics::Direction,
+    service_metrics::{RequestKey, ServiceMetrics},
     trace::TraceContext,
 };
 use crate::model::{Failed, Failure, Protocol};

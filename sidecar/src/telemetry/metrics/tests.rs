@@ -4,6 +4,7 @@ use std::{
     time::{Duration, UNIX_EPOCH},
 };
 
+use super::super::RequestKey;
 use super::*;
 
 fn finished(code: u16) -> RequestKey {
