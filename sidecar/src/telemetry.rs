@@ -33,6 +33,8 @@ use weft_proto::spiffe::SpiffeId;
 pub use access_log::{AccessLog, AccessLogMode, AccessLogTarget};
 pub use connection::Connection;
 pub use exposition::{CLASSIC, OPENMETRICS};
+#[cfg(test)]
+pub(crate) use log::silent_log;
 pub use log::{LogFormat, LogLevel, init_log};
 pub use metrics::{Direction, Metrics, OpenConnection, Security};
 pub use propagation::Propagators;

@@ -51,6 +51,12 @@ impl LogLevel {
     }
 }
 
+/// A log that goes nowhere and is not the process's; it lives as long as the first of the two.
+#[cfg(test)]
+pub(crate) fn silent_log(filter: &str) -> (Dispatch, LogLevel) {
+    build(filter, LogFormat::Text, io::sink).expect("a valid filter")
+}
+
 fn build(
     filter: &str,
     format: LogFormat,

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::super::client::ask;
 use super::*;
-use crate::telemetry::{LogFormat, init_log};
+use crate::telemetry::silent_log;
 
 #[tokio::test]
 async fn the_command_line_reads_and_turns_a_running_sidecar() {
@@ -17,8 +17,7 @@ async fn the_command_line_reads_and_turns_a_running_sidecar() {
     let counter = drains.clone();
     let config: View = Arc::new(|| json!({ "service": "orders" }));
     let endpoints: View = Arc::new(|| json!([]));
-    // The only test of this binary that starts the log of the process.
-    let log = init_log("info", LogFormat::Text).unwrap();
+    let (_log, log) = silent_log("info");
     let drain: Action = Arc::new(move || {
         counter.fetch_add(1, Ordering::SeqCst);
     });
