@@ -30,8 +30,11 @@ pub struct InvalidId {
 /// The id under which the certificate authority of a trust domain serves: namespace `weft`, service account
 /// `weft-ca`. No workload ever gets it.
 pub fn authority_id(trust_domain: &TrustDomain) -> Result<SpiffeId, InvalidId> {
-    SpiffeId::new(trust_domain, "weft", "weft-ca")
+    SpiffeId::new(trust_domain, AUTHORITY_NAMESPACE, AUTHORITY_ACCOUNT)
 }
+
+const AUTHORITY_NAMESPACE: &str = "weft";
+const AUTHORITY_ACCOUNT: &str = "weft-ca";
 
 const SCHEME: &str = "spiffe://";
 /// SPIFFE-ID 2.3: implementations must accept, and may refuse longer than, 2048 bytes.
@@ -66,6 +69,11 @@ impl SpiffeId {
     /// The part after `/sa/`.
     pub fn service_account(&self) -> &str {
         self.path_segment(4)
+    }
+
+    /// Is this the certificate authority of its trust domain ([`authority_id`])?
+    pub fn is_authority(&self) -> bool {
+        self.namespace() == AUTHORITY_NAMESPACE && self.service_account() == AUTHORITY_ACCOUNT
     }
 
     fn path_segment(&self, index: usize) -> &str {

@@ -8,13 +8,13 @@ use std::{io, sync::Arc};
 use aws_lc_rs::digest::{SHA256, digest};
 use rustls_pki_types::CertificateDer;
 use tokio_rustls::{TlsConnector, TlsStream};
-use weft_proto::spiffe::{SpiffeId, TrustDomain};
+use weft_proto::spiffe::TrustDomain;
 
 use super::{
     bundle::Bundle,
     credentials::{Credentials, client_config, provider},
-    handshake::{failed, peer_address, server_name},
-    judge::ExpectServer,
+    handshake::{failed, peer_address, proven, server_name},
+    judge::{ExpectServer, Expected},
     verify::Role,
 };
 use crate::{
@@ -25,8 +25,10 @@ use crate::{
 /// What a server may prove itself against.
 #[derive(Debug, Clone)]
 pub enum Anchor {
-    /// Roots that we have.
+    /// Roots that we have, of a known trust domain.
     Bundle(Bundle),
+    /// Roots that an operator gave us; the server says which trust domain is theirs.
+    Roots(Vec<CertificateDer<'static>>),
     /// The SHA-256 of a root's DER; the server shows that root in its chain.
     Sha256([u8; 32]),
 }
@@ -38,36 +40,39 @@ impl Anchor {
         chain: &[CertificateDer<'_>],
         trust_domain: &str,
     ) -> std::result::Result<Bundle, String> {
-        let hash = match self {
+        let roots = match self {
             Anchor::Bundle(bundle) => return Ok(bundle.clone()),
-            Anchor::Sha256(hash) => hash,
+            Anchor::Roots(roots) => roots.clone(),
+            Anchor::Sha256(hash) => {
+                let pinned =
+                    |certificate: &&CertificateDer<'_>| digest(&SHA256, certificate).as_ref() == hash;
+                let root = chain.iter().find(pinned);
+                let root = root.ok_or("no certificate of its chain has the SHA-256 that we pinned")?;
+                vec![root.clone().into_owned()]
+            }
         };
-        let root = chain
-            .iter()
-            .find(|certificate| digest(&SHA256, certificate).as_ref() == hash)
-            .ok_or("no certificate of its chain has the SHA-256 that we pinned")?;
         let trust_domain: TrustDomain = trust_domain.parse().map_err(|error| format!("{error}"))?;
-        Bundle::new(trust_domain, vec![root.clone().into_owned()]).map_err(|failed| failed.detail)
+        Bundle::new(trust_domain, roots).map_err(|failed| failed.detail)
     }
 }
 
 /// ALPN of gRPC.
 const HTTP2: &[u8] = b"h2";
 
-/// Secures a connection to the authority. It must lead to one of the anchors and have the expected id. With
-/// credentials we show our own certificate (renewal), without we show none (a token follows).
+/// Secures a connection to the authority. It must lead to one of the anchors and be the authority of its trust
+/// domain, which is returned. With credentials we show our own certificate (renewal), without we show none (a
+/// token follows).
 ///
 /// # Errors
 /// [`Failure::UntrustedPeer`], [`Failure::WrongIdentity`] or [`Failure::Handshake`]; nothing was sent then.
 pub async fn connect_authority(
     stream: Stream,
     anchors: Vec<Anchor>,
-    expected: &SpiffeId,
     credentials: Option<&Credentials>,
-) -> Result<Stream> {
+) -> Result<(Stream, TrustDomain)> {
     let address = peer_address(&stream);
     let provider = provider();
-    let verifier = ExpectServer::new(anchors, vec![expected.clone()], provider.clone());
+    let verifier = ExpectServer::new(anchors, Expected::Authority, provider.clone());
     let key = credentials.map(Credentials::certified_key);
     let mut config = client_config(Arc::new(verifier), key, provider)?;
     config.alpn_protocols = vec![HTTP2.to_vec()];
@@ -79,5 +84,11 @@ pub async fn connect_authority(
         let detail = format!("server {address} did not agree to HTTP/2 (ALPN); is it weft-ca?");
         return Err(Failed::new(Failure::Handshake, detail));
     }
-    Ok(TlsStream::from(tls).into())
+    let peer = proven(tls.get_ref().1.peer_certificates(), Role::Server, &address)?;
+    let trust_domain = peer
+        .id()
+        .trust_domain()
+        .parse()
+        .map_err(|error| Failed::new(Failure::UntrustedPeer, format!("server {address}: {error}")))?;
+    Ok((TlsStream::from(tls).into(), trust_domain))
 }

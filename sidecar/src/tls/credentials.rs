@@ -21,7 +21,7 @@ use weft_proto::{certificate::Leaf, names, spiffe::SpiffeId};
 
 use super::{
     bundle::Bundle,
-    judge::{ExpectClient, ExpectServer},
+    judge::{ExpectClient, ExpectServer, Expected},
     verify::{Role, unix_time, verify_chain},
 };
 use crate::model::{Failed, Failure, Result};
@@ -136,7 +136,7 @@ impl Credentials {
         provider: Arc<CryptoProvider>,
     ) -> Result<Self> {
         let server = server_config(&key, &bundle, &provider)?;
-        let nobody = ExpectServer::new(Vec::new(), Vec::new(), provider.clone());
+        let nobody = ExpectServer::new(Vec::new(), Expected::Ids(Vec::new()), provider.clone());
         let client = client_config(Arc::new(nobody), Some(key.clone()), provider.clone())?;
         Ok(Credentials { leaf, key, bundle, provider, server: Arc::new(server), client })
     }

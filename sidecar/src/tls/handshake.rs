@@ -15,7 +15,7 @@ use weft_proto::{certificate::Leaf, names, spiffe::SpiffeId};
 use super::{
     authority::Anchor,
     credentials::Credentials,
-    judge::ExpectServer,
+    judge::{ExpectServer, Expected},
     verify::{Role, VerifiedPeer},
 };
 use crate::{
@@ -105,7 +105,7 @@ pub async fn connect(
     config.alpn_protocols = vec![alpn.name().to_vec()];
     config.dangerous().set_certificate_verifier(Arc::new(ExpectServer::new(
         vec![Anchor::Bundle(credentials.bundle().clone())],
-        expected.to_vec(),
+        Expected::Ids(expected.to_vec()),
         credentials.provider.clone(),
     )));
     let explain = |error: io::Error| failed(&error, Role::Server, &address, credentials.id());
@@ -145,7 +145,11 @@ pub fn refused_by_peer(error: &io::Error) -> bool {
 }
 
 /// The proof, after a handshake whose verifier accepted this chain.
-fn proven(chain: Option<&[CertificateDer<'static>]>, role: Role, address: &str) -> Result<VerifiedPeer> {
+pub(super) fn proven(
+    chain: Option<&[CertificateDer<'static>]>,
+    role: Role,
+    address: &str,
+) -> Result<VerifiedPeer> {
     let chain = chain.unwrap_or_default();
     match chain.first().map(|leaf| Leaf::parse(leaf)) {
         Some(Ok(leaf)) => Ok(VerifiedPeer::proven(leaf, chain, role)),

@@ -12,7 +12,10 @@ use rustls::{
     server::danger::{ClientCertVerified, ClientCertVerifier},
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
-use weft_proto::{certificate::claimed, spiffe::SpiffeId};
+use weft_proto::{
+    certificate::{Leaf, claimed},
+    spiffe::SpiffeId,
+};
 
 use super::{
     authority::Anchor,
@@ -25,12 +28,21 @@ use crate::model::{Failed, Failure, Result};
 #[derive(Debug)]
 pub(super) struct ExpectServer {
     anchors: Vec<Anchor>,
-    expected: Vec<SpiffeId>,
+    expected: Expected,
     provider: Arc<CryptoProvider>,
 }
 
+/// Whom a dial expects.
+#[derive(Debug)]
+pub(super) enum Expected {
+    /// One of these.
+    Ids(Vec<SpiffeId>),
+    /// The certificate authority of whichever trust domain the anchors vouch for.
+    Authority,
+}
+
 impl ExpectServer {
-    pub(super) fn new(anchors: Vec<Anchor>, expected: Vec<SpiffeId>, provider: Arc<CryptoProvider>) -> Self {
+    pub(super) fn new(anchors: Vec<Anchor>, expected: Expected, provider: Arc<CryptoProvider>) -> Self {
         ExpectServer { anchors, expected, provider }
     }
 }
@@ -79,26 +91,36 @@ impl ServerCertVerifier for ExpectServer {
 
 impl ExpectServer {
     fn check(&self, chain: &[CertificateDer<'_>], now: UnixTime) -> Result<()> {
-        let Some(first) = self.expected.first() else {
-            return Err(Failed::new(Failure::WrongIdentity, "no identity is expected there"));
+        let Some(end_entity) = chain.first() else {
+            return Err(untrusted(chain, "it showed no certificate"));
         };
+        let claim = Leaf::parse(end_entity).map_err(|error| untrusted(chain, &error.to_string()))?;
         let mut reason = "we have no root to check it against".to_owned();
         for anchor in &self.anchors {
             let verified = anchor
-                .bundle(chain, first.trust_domain())
+                .bundle(chain, claim.id.trust_domain())
                 .and_then(|bundle| verify_chain(chain, &bundle, Role::Server, now));
             match verified {
-                Ok(leaf) if self.expected.contains(&leaf.id) => return Ok(()),
-                Ok(leaf) => return Err(self.unexpected(&leaf.id)),
+                Ok(leaf) => return self.expected.check(&leaf.id),
                 Err(why) => reason = why,
             }
         }
         Err(untrusted(chain, &reason))
     }
+}
 
-    fn unexpected(&self, id: &SpiffeId) -> Failed {
-        let wanted: Vec<&str> = self.expected.iter().take(SHOWN).map(SpiffeId::as_str).collect();
-        Failed::new(Failure::WrongIdentity, format!("it is {id}; expected {}", wanted.join(" or ")))
+impl Expected {
+    /// Is this, now proven, identity one that we look for?
+    fn check(&self, id: &SpiffeId) -> Result<()> {
+        let wanted = match self {
+            Expected::Ids(ids) if ids.contains(id) => return Ok(()),
+            Expected::Authority if id.is_authority() => return Ok(()),
+            Expected::Ids(ids) => {
+                ids.iter().take(SHOWN).map(SpiffeId::as_str).collect::<Vec<_>>().join(" or ")
+            }
+            Expected::Authority => "the certificate authority, weft-ca".to_owned(),
+        };
+        Err(Failed::new(Failure::WrongIdentity, format!("it is {id}; expected {wanted}")))
     }
 }
 

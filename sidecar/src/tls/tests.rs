@@ -461,8 +461,7 @@ async fn authority_handshake(
     authority: &TestAuthority,
     served_as: &str,
     anchors: Vec<Anchor>,
-    expected: &str,
-) -> (Result<Stream>, Vec<u8>) {
+) -> (Result<()>, Vec<u8>) {
     let (mut chain, key) = authority.leaf(TestLeaf::of(served_as));
     chain.push(authority.root.clone());
     let key = CertifiedKey::from_der(chain, key, &credentials::provider()).unwrap();
@@ -480,12 +479,12 @@ async fn authority_handshake(
         }
         got
     };
-    let expected = id(expected);
     let dialling = async {
-        let mut stream = connect_authority(near, anchors, &expected, None).await?;
+        let (mut stream, trust_domain) = connect_authority(near, anchors, None).await?;
+        assert_eq!(trust_domain.as_str(), authority.trust_domain);
         stream.write_all(b"token").await.unwrap();
         stream.shutdown().await.unwrap();
-        Ok(stream)
+        Ok(())
     };
     tokio::join!(dialling, serving)
 }
@@ -499,22 +498,30 @@ async fn the_authority_proves_itself_before_a_token_is_sent() {
     let good = [
         vec![hash(&authority)],
         vec![Anchor::Bundle(authority.bundle())],
+        vec![Anchor::Roots(vec![authority.root.clone()])],
         vec![Anchor::Bundle(other.bundle()), hash(&authority)],
     ];
     for anchors in good {
-        let (stream, got) = authority_handshake(&authority, AUTHORITY, anchors, AUTHORITY).await;
-        stream.unwrap();
+        let (proven, got) = authority_handshake(&authority, AUTHORITY, anchors).await;
+        proven.unwrap();
         assert_eq!(got, b"token");
     }
     let bad = [
         (AUTHORITY, vec![hash(&other)], Failure::UntrustedPeer, "SHA-256"),
         (AUTHORITY, vec![Anchor::Bundle(other.bundle())], Failure::UntrustedPeer, "unknown root"),
+        (AUTHORITY, vec![Anchor::Roots(vec![other.root.clone()])], Failure::UntrustedPeer, "unknown root"),
         (AUTHORITY, vec![], Failure::UntrustedPeer, "no root"),
         (WEB, vec![hash(&authority)], Failure::WrongIdentity, WEB),
+        (
+            "spiffe://evil.example/ns/weft/sa/weft-ca",
+            vec![Anchor::Bundle(authority.bundle())],
+            Failure::UntrustedPeer,
+            "another trust domain",
+        ),
     ];
     for (served_as, anchors, failure, word) in bad {
-        let (stream, got) = authority_handshake(&authority, served_as, anchors, AUTHORITY).await;
-        refused(stream, failure, &[word]);
+        let (proven, got) = authority_handshake(&authority, served_as, anchors).await;
+        refused(proven, failure, &[word]);
         assert!(got.is_empty(), "the token was sent to {served_as}");
     }
 }

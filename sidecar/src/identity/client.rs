@@ -1,0 +1,218 @@
+//! The client of the certificate authority: one call for a certificate, one stream for the trust bundle.
+//!
+//! Each call has a connection of its own, whose far side has proven itself before a byte of ours is sent:
+//! renewal shows the certificate, the first request a token, the stream nothing. The caller sets time limits.
+
+use std::{error::Error, future::ready, io, path::Path, time::Duration};
+
+use anyhow::anyhow;
+use hyper_util::rt::TokioIo;
+use rcgen::{CertificateParams, KeyPair};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use tonic::{Code, Status, Streaming, transport::Endpoint};
+use tower::service_fn;
+use weft_proto::{
+    ca::{self, IssueRequest, WatchBundleRequest, certificate_authority_client::CertificateAuthorityClient},
+    spiffe::TrustDomain,
+};
+
+use crate::{
+    config::{Authority, Pin},
+    net,
+    tls::{Anchor, Bundle, Credentials, connect_authority, refused_by_peer},
+};
+
+/// How an identity is proven to the authority.
+pub(super) enum Proof<'a> {
+    /// By the certificate that we have.
+    Certificate(&'a Credentials),
+    /// By a join token.
+    Token(&'a str),
+}
+
+/// A certificate that was given, ready for use.
+pub(super) struct Given {
+    /// PKCS#8.
+    pub(super) key: Vec<u8>,
+    /// With the bundle that came along.
+    pub(super) credentials: Credentials,
+}
+
+/// Why there is no certificate.
+#[derive(Debug)]
+pub(super) struct NotGiven {
+    /// The authority has proven itself and does not accept our proof: another proof may help.
+    pub(super) proof_refused: bool,
+    /// For the log.
+    pub(super) detail: String,
+}
+
+type Client = CertificateAuthorityClient<tonic::transport::Channel>;
+
+/// A chain and a few roots.
+const MAX_MESSAGE: usize = 256 * 1024;
+/// A silent connection is probed after this long.
+const KEEPALIVE: Duration = Duration::from_secs(30);
+/// For the answer to a probe.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Makes a key and has it certified. `current` is what we have, also where the proof is a token.
+pub(super) async fn obtain(
+    authority: &Authority,
+    proof: Proof<'_>,
+    current: Option<&Credentials>,
+) -> Result<Given, NotGiven> {
+    let (shown, join_token) = match proof {
+        Proof::Certificate(credentials) => (Some(credentials), String::new()),
+        Proof::Token(token) => (None, token.to_owned()),
+    };
+    let key = KeyPair::generate().map_err(other)?;
+    let csr = CertificateParams::default().serialize_request(&key).map_err(other)?;
+    let lifetime = authority.lifetime.map_or(0, |lifetime| lifetime.as_secs());
+    let request = IssueRequest {
+        csr: csr.der().to_vec(),
+        join_token,
+        lifetime_seconds: u32::try_from(lifetime).unwrap_or(u32::MAX),
+    };
+    let (mut client, trust_domain) = connect(authority, current, shown).await?;
+    let answer = client.issue(request).await.map_err(|status| not_given(authority, &status))?.into_inner();
+    let bundle = read_bundle(answer.bundle.unwrap_or_default(), &trust_domain)?;
+    let chain = answer.chain.into_iter().map(CertificateDer::from).collect();
+    let key = key.serialize_der();
+    let private = PrivateKeyDer::try_from(key.clone()).map_err(other)?;
+    // Checks the chain against the bundle, and that it was our key that was signed.
+    let credentials = Credentials::new(chain, private, bundle).map_err(other)?;
+    if let Some(shown) = shown
+        && shown.id() != credentials.id()
+    {
+        return Err(other(format!("we are {} and were given {}", shown.id(), credentials.id())));
+    }
+    Ok(Given { key, credentials })
+}
+
+/// The trust bundle now, and again when it changes.
+pub(super) struct BundleStream {
+    stream: Streaming<ca::Bundle>,
+    trust_domain: TrustDomain,
+}
+
+impl BundleStream {
+    /// Asks for the stream.
+    pub(super) async fn open(authority: &Authority, current: &Credentials) -> Result<Self, NotGiven> {
+        let (mut client, trust_domain) = connect(authority, Some(current), None).await?;
+        let answer = client.watch_bundle(WatchBundleRequest {}).await;
+        let stream = answer.map_err(|status| not_given(authority, &status))?.into_inner();
+        Ok(BundleStream { stream, trust_domain })
+    }
+
+    /// Waits for the next bundle; none where the stream has ended.
+    pub(super) async fn next(&mut self) -> Result<Option<Bundle>, NotGiven> {
+        match self.stream.message().await {
+            Ok(None) => Ok(None),
+            Ok(Some(bundle)) => read_bundle(bundle, &self.trust_domain).map(Some),
+            Err(status) => Err(other(format!("the stream of the trust bundle broke: {}", status.message()))),
+        }
+    }
+}
+
+/// Dials the addresses of the authority in turn; the first that proves itself is taken.
+async fn connect(
+    authority: &Authority,
+    current: Option<&Credentials>,
+    shown: Option<&Credentials>,
+) -> Result<(Client, TrustDomain), NotGiven> {
+    let name = &authority.address;
+    let mut anchors: Vec<Anchor> =
+        current.map(|credentials| Anchor::Bundle(credentials.bundle().clone())).into_iter().collect();
+    anchors.push(pinned(&authority.pin).map_err(|error| other(format!("{error:#}")))?);
+    let addresses = tokio::net::lookup_host(name)
+        .await
+        .map_err(|error| other(format!("the address of the authority, {name}, is not known: {error}")))?;
+    let mut last = format!("the authority's name {name} has no address");
+    for address in addresses {
+        let stream = match net::dial(address).await {
+            Ok(stream) => net::Stream::from(stream),
+            Err(error) => {
+                last = format!("the authority {name} ({address}) cannot be reached: {error}");
+                continue;
+            }
+        };
+        match connect_authority(stream, anchors.clone(), shown).await {
+            Ok((stream, trust_domain)) => return Ok((client(stream).await?, trust_domain)),
+            Err(failed) => last = format!("the authority {name} has not proven itself: {}", failed.detail),
+        }
+    }
+    Err(other(last))
+}
+
+/// gRPC over this one connection; it is not made again.
+async fn client(stream: net::Stream) -> Result<Client, NotGiven> {
+    let mut once = Some(TokioIo::new(stream));
+    let connector = service_fn(move |_| {
+        ready(once.take().ok_or_else(|| io::Error::new(io::ErrorKind::NotConnected, "the connection ended")))
+    });
+    let channel = Endpoint::from_static("http://weft-ca")
+        .http2_keep_alive_interval(KEEPALIVE)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        .keep_alive_while_idle(true)
+        .connect_with_connector(connector)
+        .await
+        .map_err(other)?;
+    Ok(Client::new(channel).max_decoding_message_size(MAX_MESSAGE))
+}
+
+fn pinned(pin: &Pin) -> anyhow::Result<Anchor> {
+    match pin {
+        Pin::Sha256(hash) => Ok(Anchor::Sha256(*hash)),
+        Pin::File(path) => read_roots(path).map(Anchor::Roots),
+    }
+}
+
+fn read_roots(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
+    let refuse = |why: String| anyhow!("the root of the authority, {}: {why}", path.display());
+    let roots: Vec<_> = CertificateDer::pem_file_iter(path)
+        .and_then(Iterator::collect)
+        .map_err(|error| refuse(error.to_string()))?;
+    if roots.is_empty() { Err(refuse("no certificate in PEM".to_owned())) } else { Ok(roots) }
+}
+
+fn read_bundle(bundle: ca::Bundle, trust_domain: &TrustDomain) -> Result<Bundle, NotGiven> {
+    if bundle.trust_domain != trust_domain.as_str() {
+        let named: String = bundle.trust_domain.chars().take(255).collect();
+        return Err(other(format!("the authority of {trust_domain} sent a trust bundle of {named:?}")));
+    }
+    let roots = bundle.roots.into_iter().map(CertificateDer::from).collect();
+    Bundle::new(trust_domain.clone(), roots).map_err(other)
+}
+
+fn not_given(authority: &Authority, status: &Status) -> NotGiven {
+    let by_status = matches!(status.code(), Code::Unauthenticated | Code::PermissionDenied);
+    NotGiven {
+        proof_refused: by_status || refused_in_handshake(status),
+        detail: format!(
+            "the authority {} answers {:?}: {}",
+            authority.address,
+            status.code(),
+            status.message().chars().take(300).collect::<String>()
+        ),
+    }
+}
+
+/// A certificate that the authority does not take ends the connection with an alert, which surfaces here.
+fn refused_in_handshake(status: &Status) -> bool {
+    let mut cause = status.source();
+    while let Some(error) = cause {
+        let io = error
+            .downcast_ref::<io::Error>()
+            .or_else(|| error.downcast_ref::<h2::Error>().and_then(h2::Error::get_io));
+        if io.is_some_and(refused_by_peer) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
+fn other(error: impl ToString) -> NotGiven {
+    NotGiven { proof_refused: false, detail: error.to_string() }
+}
