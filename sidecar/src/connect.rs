@@ -9,5 +9,5 @@ mod trust;
 
 pub use connector::{Connector, Dialer, Secured, SocketMaker};
 pub use failure::SendFailed;
-pub use pool::{Key, Lease, Pool, Security, one_off};
+pub use pool::{InUse, Key, Lease, Pool, Security, one_off};
 pub use trust::trust_ended;

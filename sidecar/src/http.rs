@@ -3,6 +3,7 @@
 
 pub mod body;
 pub mod headers;
+mod observe;
 mod replay;
 mod respond;
 mod server;
@@ -12,4 +13,5 @@ pub use body::{Body, BodyEnd, Ended};
 pub use replay::Replay;
 pub use respond::{answer, refuse_stream};
 pub use server::{HttpLimits, serve};
-pub use upgrade::{splice, wants_upgrade};
+pub use observe::{begin_answer, end_answer};
+pub use upgrade::{ask_for_upgrade, left_http, splice, wants_upgrade};

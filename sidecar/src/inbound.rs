@@ -1,1 +1,294 @@
-//! Room `inbound`: to be built.
+//! The story of a connection and a request that reaches the app: whose it is, whether it may pass, delivery to
+//! the app on this host. Read from `connection` downward.
+//!
+//! Traffic goes where it was meant to go, and only if that is this workload: one of its own addresses, no port
+//! of ours; to the app's loopback only for the ports that the workload registers.
+
+mod arrival;
+mod delivery;
+mod request;
+
+pub use arrival::{Arrival, Caller};
+pub use delivery::Delivery;
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use hyper::{Request, body::Incoming};
+use tokio::{
+    net::TcpStream,
+    sync::{Semaphore, watch},
+    time::timeout,
+};
+
+use crate::{
+    connect::{Connector, Pool, Security, trust_ended},
+    detect::{self, FirstToSpeak, Heard, Hello, ReadAhead},
+    drain::Draining,
+    http::{self, HttpLimits},
+    model::{Failed, Failure, HttpVersion, MutualTls, Protocol, Result},
+    net::{self, Stream},
+    policy::authorization::{Permit, authorize},
+    telemetry::{self, Direction, ServiceMetrics, Telemetry},
+    tls::{self, Alpn, Credentials},
+};
+
+/// A silent client may wait for the server to speak first; after this long the app is asked.
+const SILENCE: Duration = Duration::from_millis(20);
+/// A strict port waits this long for the TLS of a client.
+const STRICT_SILENCE: Duration = Duration::from_secs(10);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What a worker needs for the traffic that reaches the app.
+pub struct Inbound {
+    /// Where traffic may go.
+    pub delivery: Delivery,
+    /// Connections to the app.
+    pub pool: Arc<Pool>,
+    /// The same without keeping them.
+    pub connector: Connector,
+    /// Our own identity; none: plaintext only.
+    pub credentials: watch::Receiver<Option<Arc<Credentials>>>,
+    /// Bounds on what clients send.
+    pub limits: HttpLimits,
+    /// Requests at a time.
+    pub requests: Arc<Semaphore>,
+    /// How long a connection may finish after it was told to.
+    pub drain_timeout: Duration,
+    /// Metrics, log and spans.
+    pub telemetry: Arc<Telemetry>,
+    /// Resolved metrics of requests to the app.
+    pub metrics: Arc<ServiceMetrics>,
+}
+
+impl Inbound {
+    /// A connection from outside, from its first byte to its end.
+    pub async fn connection(self: Arc<Self>, tcp: TcpStream, client: SocketAddr, draining: Draining) {
+        let mut record = self.telemetry.connection(Direction::Inbound, client);
+        let mut abort = draining.clone();
+        let ended = tokio::select! {
+            ended = self.accepted(tcp, client, draining, &mut record) => ended,
+            () = abort.aborted() => Err(Failed::new(Failure::Draining, "the drain took too long")),
+        };
+        if let Err(failed) = ended {
+            record.fail(failed);
+        }
+    }
+
+    async fn accepted(
+        self: &Arc<Self>,
+        tcp: TcpStream,
+        client: SocketAddr,
+        draining: Draining,
+        record: &mut telemetry::Connection,
+    ) -> Result<()> {
+        let meant = self.delivery.meant(&tcp)?;
+        let app = self.delivery.address_of_app(meant)?;
+        record.endpoint(app);
+        record.service(&self.metrics);
+        let arrival = Arrival { caller: Caller::Plaintext, client, meant, app };
+        let mut stream = Stream::from(tcp);
+        let silence = match self.delivery.mutual_tls(meant.port()) {
+            MutualTls::Strict => STRICT_SILENCE,
+            MutualTls::Permissive => SILENCE,
+        };
+        let ahead = detect::read_ahead(&mut stream, silence).await.map_err(|error| client_broke(&error))?;
+        self.heard(stream, ahead, arrival, draining, record).await
+    }
+
+    /// What the client began with decides: TLS of the mesh, or plaintext where that is taken.
+    async fn heard(
+        self: &Arc<Self>,
+        stream: Stream,
+        ahead: ReadAhead,
+        arrival: Arrival,
+        draining: Draining,
+        record: &mut telemetry::Connection,
+    ) -> Result<()> {
+        if names_the_mesh(&ahead) {
+            return self.secured(stream, arrival, draining, record).await;
+        }
+        if ahead.heard == Heard::End && ahead.bytes.is_empty() {
+            return Ok(());
+        }
+        self.delivery.check_plaintext(arrival.meant, &ahead)?;
+        let declared = self.delivery.protocol();
+        match (declared, ahead.heard) {
+            (None, Heard::Silence) if ahead.bytes.is_empty() => {
+                Box::pin(self.silent(stream, arrival, draining, record)).await
+            }
+            (None, Heard::Protocol(protocol)) => self.carry(stream, protocol, arrival, draining, record).await,
+            (declared, _) => {
+                self.carry(stream, declared.unwrap_or(Protocol::Opaque), arrival, draining, record).await
+            }
+        }
+    }
+
+    /// Mutual TLS of the mesh ends here.
+    async fn secured(
+        self: &Arc<Self>,
+        stream: Stream,
+        mut arrival: Arrival,
+        draining: Draining,
+        record: &mut telemetry::Connection,
+    ) -> Result<()> {
+        let Some(credentials) = self.credentials.borrow().clone() else {
+            return Err(Failed::new(Failure::NoIdentity, "a peer came and we have no valid certificate"));
+        };
+        let accepted = timeout(HANDSHAKE_TIMEOUT, tls::accept(stream, &credentials)).await;
+        let (stream, peer, alpn) = match accepted {
+            Ok(accepted) => accepted?,
+            Err(_) => return Err(Failed::new(Failure::ClientTimeout, "the TLS handshake took too long")),
+        };
+        let peer = Arc::new(peer);
+        record.peer(Some(peer.id()));
+        arrival.caller = Caller::Peer(peer.clone());
+        let protocol = match alpn {
+            Alpn::Http2 => Protocol::Http2,
+            Alpn::Http1 => Protocol::Http1,
+            Alpn::Tcp => Protocol::Opaque,
+        };
+        let trust = trust_ended(&peer, self.credentials.clone(), Duration::ZERO);
+        match protocol.http() {
+            Some(version) => {
+                record.opened(security(&arrival.caller, protocol), protocol);
+                let mut draining = draining;
+                let stop = async {
+                    tokio::select! {
+                        () = draining.started() => {}
+                        () = trust => {}
+                    }
+                };
+                self.serve(stream, version, arrival, stop).await
+            }
+            None => tokio::select! {
+                ended = self.forward(stream, Protocol::Opaque, arrival, record) => ended,
+                () = trust => Err(Failed::new(Failure::UntrustedPeer, format!("the trust in {} ended", peer.id()))),
+            },
+        }
+    }
+
+    /// A client that says nothing: the app is connected, and whoever speaks first decides.
+    async fn silent(
+        self: &Arc<Self>,
+        mut stream: Stream,
+        arrival: Arrival,
+        draining: Draining,
+        record: &mut telemetry::Connection,
+    ) -> Result<()> {
+        let mut app = self.connect_app(&arrival).await?;
+        let first = detect::first_to_speak(&mut stream, &mut app).await.map_err(|error| client_broke(&error))?;
+        match first {
+            FirstToSpeak::Client(ahead) => {
+                drop(app);
+                Box::pin(self.heard(stream, ahead, arrival, draining, record)).await
+            }
+            FirstToSpeak::Server => {
+                self.permit(&arrival)?;
+                record.opened(security(&arrival.caller, Protocol::Opaque), Protocol::Opaque);
+                copy(stream, app, record).await
+            }
+        }
+    }
+
+    async fn carry(
+        self: &Arc<Self>,
+        stream: Stream,
+        protocol: Protocol,
+        arrival: Arrival,
+        mut draining: Draining,
+        record: &mut telemetry::Connection,
+    ) -> Result<()> {
+        record.opened(security(&arrival.caller, protocol), protocol);
+        match protocol.http() {
+            Some(version) => self.serve(stream, version, arrival, async { draining.started().await }).await,
+            None => self.forward(stream, protocol, arrival, record).await,
+        }
+    }
+
+    async fn serve(
+        self: &Arc<Self>,
+        stream: Stream,
+        version: HttpVersion,
+        arrival: Arrival,
+        stop: impl Future<Output = ()>,
+    ) -> Result<()> {
+        let arrival = Arc::new(arrival);
+        let answer = |request: Request<Incoming>| {
+            let (story, arrival) = (self.clone(), arrival.clone());
+            async move { story.answer(request, &arrival, version).await }
+        };
+        http::serve(stream, version, &self.limits, stop, self.drain_timeout, answer).await
+    }
+
+    /// Bytes to the app and back.
+    async fn forward(
+        &self,
+        stream: Stream,
+        protocol: Protocol,
+        arrival: Arrival,
+        record: &mut telemetry::Connection,
+    ) -> Result<()> {
+        record.opened(security(&arrival.caller, protocol), protocol);
+        self.permit(&arrival)?;
+        let app = self.connect_app(&arrival).await?;
+        copy(stream, app, record).await
+    }
+
+    /// A connection of the app to itself, without the network.
+    ///
+    /// # Errors
+    /// As for a connection from outside.
+    pub async fn connect_own(&self, arrival: &Arrival) -> Result<Stream> {
+        self.permit(arrival)?;
+        self.connect_app(arrival).await
+    }
+
+    fn permit(&self, arrival: &Arrival) -> Result<Permit> {
+        authorize(arrival.caller.identity(), self.delivery.mutual_tls(arrival.meant.port()), arrival.client)
+    }
+
+    async fn connect_app(&self, arrival: &Arrival) -> Result<Stream> {
+        let opened = self.connector.connect(arrival.app, &Security::Plain, Alpn::Tcp, APP_TIMEOUT).await;
+        opened.map(|secured| secured.stream).map_err(as_app)
+    }
+}
+
+/// Longest wait for the app to take a connection.
+pub(crate) const APP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The failures of calling the app have names of their own: the caller's side can tell them from its own.
+fn as_app(failed: Failed) -> Failed {
+    let failure = match failed.failure {
+        Failure::ConnectRefused | Failure::ConnectTimeout | Failure::ConnectUnreachable => Failure::AppRefused,
+        Failure::Reset | Failure::BadResponse => Failure::AppReset,
+        other => other,
+    };
+    Failed::new(failure, format!("the app at {}", failed.detail))
+}
+
+async fn copy(client: Stream, app: Stream, record: &mut telemetry::Connection) -> Result<()> {
+    let (copied, ended) = net::copy_both_ways(client, app).await;
+    record.bytes(copied.forth, copied.back);
+    ended.map_err(|error| Failed::new(Failure::Reset, error.to_string()))
+}
+
+/// What protects a connection, for its metrics.
+fn security(caller: &Caller, protocol: Protocol) -> telemetry::Security {
+    match (caller, protocol) {
+        (Caller::Plaintext, Protocol::Tls) => telemetry::Security::TlsPassthrough,
+        (Caller::Plaintext, _) => telemetry::Security::Plaintext,
+        (Caller::Peer(_) | Caller::Own(_), _) => telemetry::Security::MutualTls,
+    }
+}
+
+fn names_the_mesh(ahead: &ReadAhead) -> bool {
+    ahead.heard == Heard::Protocol(Protocol::Tls)
+        && matches!(
+            detect::client_hello(&ahead.bytes),
+            Hello::Parsed { alpn, .. } if alpn.iter().any(|name| name.starts_with(b"weft-"))
+        )
+}
+
+fn client_broke(error: &io::Error) -> Failed {
+    Failed::new(Failure::ClientGone, error.to_string())
+}

@@ -1,1 +1,274 @@
-//! Room `outbound`: to be built.
+//! The story of a connection and a request that the app makes: whom it means, what it speaks, and the attempts
+//! that carry it there. Read from `connection` downward; a request goes on in `outbound/request.rs`.
+//!
+//! The destination decides which service is meant, never a header: an app that can be talked into a foreign URL
+//! must not borrow our identity.
+
+mod request;
+mod tunnel;
+mod upstream;
+
+pub use upstream::{Known, Upstream, Upstreams};
+
+use std::{collections::HashMap, io, net::SocketAddr, sync::Arc, time::Duration};
+
+use hyper::{Request, body::Incoming};
+use tokio::{
+    net::TcpStream,
+    sync::{Semaphore, watch},
+};
+
+use crate::{
+    config::Mode,
+    connect::{self, Connector, Pool},
+    detect::{self, FirstToSpeak, Heard},
+    discovery::{Destination, Directory, VirtualAddresses},
+    drain::Draining,
+    http::{self, HttpLimits},
+    inbound::Inbound,
+    model::{Endpoint, Failed, Failure, HttpVersion, Protocol, Result, ServiceName},
+    net::{self, Stream},
+    telemetry::{self, Direction, Telemetry},
+};
+
+/// A silent client may wait for the server to speak first; after this long the server is asked.
+const SILENCE: Duration = Duration::from_millis(20);
+
+/// What a worker needs for the traffic of the app.
+pub struct Outbound {
+    /// All known services.
+    pub directory: watch::Receiver<Arc<Directory>>,
+    /// Which address our DNS gave to which name.
+    pub virtual_addresses: Arc<VirtualAddresses>,
+    /// Loopback addresses that stand for one service each.
+    pub explicit: HashMap<SocketAddr, ServiceName>,
+    /// The services that this app calls.
+    pub upstreams: Arc<Upstreams>,
+    /// Connections to endpoints.
+    pub pool: Arc<Pool>,
+    /// The same without keeping them.
+    pub connector: Connector,
+    /// For calls of the app to itself.
+    pub inbound: Arc<Inbound>,
+    /// What happens to destinations that are no service.
+    pub mode: Mode,
+    /// The sidecar's own ports: never a destination.
+    pub own_ports: Vec<u16>,
+    /// Bounds on what the app sends.
+    pub limits: HttpLimits,
+    /// Requests at a time.
+    pub requests: Arc<Semaphore>,
+    /// How long a connection may finish after it was told to.
+    pub drain_timeout: Duration,
+    /// Metrics, log and spans.
+    pub telemetry: Arc<Telemetry>,
+}
+
+/// Whom a connection means.
+#[derive(Clone)]
+pub enum Target {
+    /// Any endpoint of a service.
+    Service(Arc<Upstream>),
+    /// One endpoint of a service and no other.
+    Endpoint(Arc<Upstream>, Endpoint),
+    /// No service: an address, passed through untouched.
+    Outside(SocketAddr),
+}
+
+impl Outbound {
+    /// A redirected connection of the app, from its first byte to its end.
+    pub async fn connection(self: Arc<Self>, tcp: TcpStream, client: SocketAddr, draining: Draining) {
+        let target = self.meant(&tcp);
+        self.run(tcp, client, target, draining).await;
+    }
+
+    async fn run(self: Arc<Self>, tcp: TcpStream, client: SocketAddr, target: Result<Target>, draining: Draining) {
+        let mut record = self.telemetry.connection(Direction::Outbound, client);
+        let mut abort = draining.clone();
+        let carried = async {
+            match target {
+                Ok(target) => self.carry(tcp.into(), target, draining, &mut record).await,
+                Err(failed) => self.refuse(tcp.into(), failed, draining).await,
+            }
+        };
+        let ended = tokio::select! {
+            ended = carried => ended,
+            () = abort.aborted() => Err(Failed::new(Failure::Draining, "the drain took too long")),
+        };
+        if let Err(failed) = ended {
+            record.fail(failed);
+        }
+    }
+
+    /// Whom the address that the app dialled means.
+    fn meant(&self, tcp: &TcpStream) -> Result<Target> {
+        let local = tcp.local_addr().map_err(|error| client_broke(&error))?;
+        let meant = net::original_destination(tcp, local.is_ipv6()).unwrap_or(local);
+        if let Some(service) = self.explicit.get(&meant) {
+            return self.explicit_upstream(service);
+        }
+        if self.own_ports.contains(&meant.port()) && meant.ip().to_canonical().is_loopback() || meant == local {
+            return Err(Failed::new(Failure::Loop, format!("{meant} is a port of the sidecar itself")));
+        }
+        match self.directory.borrow().lookup(meant, &self.virtual_addresses) {
+            Destination::Service(service) => Ok(Target::Service(self.upstreams.get(&service))),
+            Destination::Endpoint(service, endpoint) => {
+                Ok(Target::Endpoint(self.upstreams.get(&service), endpoint))
+            }
+            Destination::UnknownVirtual(address) => {
+                let detail = format!("{address} stands for no service now; ask DNS again");
+                Err(Failed::new(Failure::UnknownVirtualAddress, detail))
+            }
+            Destination::Unknown if self.mode == Mode::AllowAny => Ok(Target::Outside(meant)),
+            Destination::Unknown => {
+                let detail = format!("{meant} is no service of the mesh, and the mode is registry-only");
+                Err(Failed::new(Failure::UnknownDestination, detail))
+            }
+        }
+    }
+
+    fn explicit_upstream(&self, name: &ServiceName) -> Result<Target> {
+        let known = self.directory.borrow().service(name).cloned();
+        known.map(|service| Target::Service(self.upstreams.get(&service))).ok_or_else(|| {
+            let detail = format!("the explicit upstream `{name}` is in no service file or registry");
+            Failed::new(Failure::NoEndpoint, detail)
+        })
+    }
+
+    async fn carry(
+        self: &Arc<Self>,
+        stream: Stream,
+        target: Target,
+        draining: Draining,
+        record: &mut telemetry::Connection,
+    ) -> Result<()> {
+        let declared = match &target {
+            Target::Outside(address) => {
+                record.endpoint(*address);
+                return self.pass_through(stream, *address, record).await;
+            }
+            Target::Service(upstream) | Target::Endpoint(upstream, _) => {
+                record.service(&upstream.metrics);
+                upstream.known().protocol()
+            }
+        };
+        match declared {
+            Some(protocol) => self.spoken(stream, protocol, target, draining, record).await,
+            None => self.detected(stream, target, draining, record).await,
+        }
+    }
+
+    async fn detected(
+        self: &Arc<Self>,
+        mut stream: Stream,
+        target: Target,
+        draining: Draining,
+        record: &mut telemetry::Connection,
+    ) -> Result<()> {
+        let ahead = detect::read_ahead(&mut stream, SILENCE).await.map_err(|error| client_broke(&error))?;
+        match ahead.heard {
+            Heard::Protocol(protocol) => self.spoken(stream, protocol, target, draining, record).await,
+            Heard::End if ahead.bytes.is_empty() => Ok(()),
+            Heard::Silence if ahead.bytes.is_empty() => {
+                Box::pin(self.silent(stream, target, draining, record)).await
+            }
+            Heard::Silence | Heard::End => self.spoken(stream, Protocol::Opaque, target, draining, record).await,
+        }
+    }
+
+    /// A client that says nothing: the server is connected, and whoever speaks first decides.
+    async fn silent(
+        self: &Arc<Self>,
+        mut stream: Stream,
+        target: Target,
+        draining: Draining,
+        record: &mut telemetry::Connection,
+    ) -> Result<()> {
+        let mut tunnel = self.open_tunnel(&target, record).await?;
+        let first = detect::first_to_speak(&mut stream, tunnel.stream()).await;
+        match first.map_err(|error| client_broke(&error))? {
+            FirstToSpeak::Server => {
+                record.opened(security(&target), Protocol::Opaque);
+                tunnel.copy(stream, record).await
+            }
+            FirstToSpeak::Client(ahead) => match ahead.heard {
+                Heard::Protocol(protocol) if protocol.http().is_some() => {
+                    drop(tunnel);
+                    self.spoken(stream, protocol, target, draining, record).await
+                }
+                _ => {
+                    record.opened(security(&target), Protocol::Opaque);
+                    tunnel.copy(stream, record).await
+                }
+            },
+        }
+    }
+
+    async fn spoken(
+        self: &Arc<Self>,
+        stream: Stream,
+        protocol: Protocol,
+        target: Target,
+        draining: Draining,
+        record: &mut telemetry::Connection,
+    ) -> Result<()> {
+        record.opened(security(&target), protocol);
+        match protocol.http() {
+            Some(version) => self.serve(stream, version, target, draining).await,
+            None => self.open_tunnel(&target, record).await?.copy(stream, record).await,
+        }
+    }
+
+    async fn serve(
+        self: &Arc<Self>,
+        stream: Stream,
+        version: HttpVersion,
+        target: Target,
+        mut draining: Draining,
+    ) -> Result<()> {
+        let client = stream.tcp().peer_addr().map_err(|error| client_broke(&error))?;
+        let answer = |request: Request<Incoming>| {
+            let (story, target) = (self.clone(), target.clone());
+            async move { Ok(story.answer(request, &target, client, version).await) }
+        };
+        let stop = async { draining.started().await };
+        http::serve(stream, version, &self.limits, stop, self.drain_timeout, answer).await
+    }
+
+    /// Tells an HTTP client why its connection leads nowhere; resets any other.
+    async fn refuse(&self, mut stream: Stream, failed: Failed, mut draining: Draining) -> Result<()> {
+        let ahead = detect::read_ahead(&mut stream, SILENCE).await.map_err(|error| client_broke(&error))?;
+        let version = match ahead.heard {
+            // A virtual address that stands for nothing is reset whatever is spoken: the app must ask again.
+            Heard::Protocol(protocol) if failed.failure != Failure::UnknownVirtualAddress => protocol.http(),
+            _ => None,
+        };
+        if let Some(version) = version {
+            let failure = failed.failure;
+            let answer = |request: Request<Incoming>| {
+                let is_grpc = http::headers::is_grpc(request.headers());
+                async move { Ok(http::answer(failure, is_grpc)) }
+            };
+            let stop = async { draining.started().await };
+            http::serve(stream, version, &self.limits, stop, self.drain_timeout, answer).await?;
+        } else {
+            net::reset(&stream);
+        }
+        Err(failed)
+    }
+}
+
+/// What protects the connection to the target, for its metrics.
+fn security(target: &Target) -> telemetry::Security {
+    match target {
+        Target::Service(upstream) | Target::Endpoint(upstream, _) => match upstream.known().security {
+            connect::Security::Mesh(_) => telemetry::Security::MutualTls,
+            connect::Security::Plain => telemetry::Security::Plaintext,
+        },
+        Target::Outside(_) => telemetry::Security::Plaintext,
+    }
+}
+
+fn client_broke(error: &io::Error) -> Failed {
+    Failed::new(Failure::ClientGone, error.to_string())
+}

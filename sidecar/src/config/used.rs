@@ -209,9 +209,9 @@ impl Config {
         }
     }
 
-    /// Is this one of the sidecar's own ports?
-    pub fn is_own_port(&self, port: u16) -> bool {
-        [self.ports.outbound, self.ports.inbound, self.ports.dns, self.ports.admin.port()].contains(&port)
+    /// The sidecar's own ports: never a destination.
+    pub fn own_ports(&self) -> Vec<u16> {
+        vec![self.ports.outbound, self.ports.inbound, self.ports.dns, self.ports.admin.port()]
     }
 }
 

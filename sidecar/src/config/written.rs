@@ -32,8 +32,16 @@ pub struct Entry {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InvalidSettings(pub Vec<String>);
 
-/// Variables with our prefix that are no settings.
-const OTHER_VARIABLES: [&str; 2] = ["WEFT_CONFIG", "WEFT_TESTS_ALLOW_SKIP"];
+/// Variables with our prefix that are no settings of the sidecar: the file of settings, and what `redirect` and
+/// the tests read.
+const OTHER_VARIABLES: [&str; 6] = [
+    "WEFT_CONFIG",
+    "WEFT_SIDECAR_UID",
+    "WEFT_EXCLUDE_",
+    "WEFT_INCLUDE_",
+    "WEFT_REDIRECT_",
+    "WEFT_TESTS_",
+];
 /// A settings file is small; a larger one is not ours.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
 
@@ -72,7 +80,7 @@ impl Written {
 
     fn take_variables(&mut self, variables: &BTreeMap<String, String>) {
         for (name, value) in variables {
-            if OTHER_VARIABLES.contains(&name.as_str()) {
+            if OTHER_VARIABLES.iter().any(|other| name.starts_with(other)) {
                 continue;
             }
             match KEYS.iter().find(|key| key.variable() == *name) {

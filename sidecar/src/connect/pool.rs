@@ -79,6 +79,7 @@ struct Shelf {
 
 struct Http2 {
     sender: http2::SendRequest<Body>,
+    peer: Option<SpiffeId>,
     streams: AtomicUsize,
     /// Takes no new streams: its trust is ending.
     retired: AtomicBool,
@@ -86,8 +87,14 @@ struct Http2 {
 }
 
 struct Idle {
-    sender: http1::SendRequest<Body>,
+    connection: Http1,
     since: Instant,
+}
+
+struct Http1 {
+    sender: http1::SendRequest<Body>,
+    peer: Option<SpiffeId>,
+    /// Takes no further call: its trust is ending.
     retired: Arc<AtomicBool>,
 }
 
@@ -100,7 +107,7 @@ pub struct Lease {
 
 enum Connection {
     Http2(Http2Stream),
-    Http1 { sender: http1::SendRequest<Body>, home: Option<(Arc<Pool>, Key)>, retired: Arc<AtomicBool> },
+    Http1(Http1, Option<(Arc<Pool>, Key)>),
 }
 
 /// One stream of an HTTP/2 connection; gives its place back when dropped.
@@ -193,6 +200,7 @@ impl Pool {
             .map_err(|error| SendFailed::from_hyper(&error, true).failed)?;
         let connection = Arc::new(Http2 {
             sender,
+            peer: peer.as_ref().map(|peer| peer.id().clone()),
             streams: AtomicUsize::new(0),
             retired: AtomicBool::new(false),
             idle_since: Mutex::new(Instant::now()),
@@ -220,30 +228,30 @@ impl Pool {
 
     async fn lend_http1(self: &Arc<Self>, key: &Key, limit: Duration) -> Result<Lease> {
         let home = Some((self.clone(), key.clone()));
-        if let Some(Idle { sender, retired, .. }) = self.take_idle(key) {
-            return Ok(Lease { connection: Connection::Http1 { sender, home, retired }, reused: true });
+        if let Some(idle) = self.take_idle(key) {
+            return Ok(Lease { connection: Connection::Http1(idle.connection, home), reused: true });
         }
-        let (sender, retired) = open_http1(&self.connector, key, limit).await?;
-        Ok(Lease { connection: Connection::Http1 { sender, home, retired }, reused: false })
+        let connection = open_http1(&self.connector, key, limit).await?;
+        Ok(Lease { connection: Connection::Http1(connection, home), reused: false })
     }
 
     fn take_idle(&self, key: &Key) -> Option<Idle> {
         let mut shelves = self.shelves();
         let shelf = shelves.get_mut(key)?;
-        shelf.http1.retain(|idle| !idle.sender.is_closed() && !idle.retired.load(Ordering::Relaxed));
+        shelf.http1.retain(|idle| idle.connection.is_usable());
         // The youngest first: the others may grow old and be closed.
-        let ready = shelf.http1.iter().rposition(|idle| idle.sender.is_ready())?;
+        let ready = shelf.http1.iter().rposition(|idle| idle.connection.sender.is_ready())?;
         Some(shelf.http1.swap_remove(ready))
     }
 
-    fn take_back(&self, key: Key, sender: http1::SendRequest<Body>, retired: Arc<AtomicBool>) {
-        if sender.is_closed() || retired.load(Ordering::Relaxed) {
+    fn take_back(&self, key: Key, connection: Http1) {
+        if !connection.is_usable() {
             return;
         }
         let mut shelves = self.shelves();
         let shelf = shelves.entry(key).or_default();
         if shelf.http1.len() < IDLE_PER_KEY {
-            shelf.http1.push(Idle { sender, since: Instant::now(), retired });
+            shelf.http1.push(Idle { connection, since: Instant::now() });
         }
     }
 
@@ -254,7 +262,7 @@ impl Pool {
             shelf.http2.retain(|connection| connection.is_usable() && !connection.is_idle(now));
             shelf
                 .http1
-                .retain(|idle| !idle.sender.is_closed() && now.duration_since(idle.since) < IDLE_TIMEOUT);
+                .retain(|idle| idle.connection.is_usable() && now.duration_since(idle.since) < IDLE_TIMEOUT);
             !shelf.http2.is_empty() || !shelf.http1.is_empty() || shelf.dialing.is_some()
         });
     }
@@ -269,15 +277,15 @@ impl Pool {
 /// # Errors
 /// Those of [`Connector::connect`].
 pub async fn one_off(connector: &Connector, key: &Key, limit: Duration) -> Result<Lease> {
-    let (sender, retired) = open_http1(connector, key, limit).await?;
-    Ok(Lease { connection: Connection::Http1 { sender, home: None, retired }, reused: false })
+    let connection = open_http1(connector, key, limit).await?;
+    Ok(Lease { connection: Connection::Http1(connection, None), reused: false })
 }
 
 async fn open_http1(
     connector: &Connector,
     key: &Key,
     limit: Duration,
-) -> Result<(http1::SendRequest<Body>, Arc<AtomicBool>)> {
+) -> Result<Http1> {
     let Secured { stream, peer } = connector.connect(key.address, &key.security, Alpn::Http1, limit).await?;
     let (sender, driver) = http1::Builder::new()
         .title_case_headers(true)
@@ -285,21 +293,22 @@ async fn open_http1(
         .await
         .map_err(|error| SendFailed::from_hyper(&error, true).failed)?;
     let retired = Arc::new(AtomicBool::new(false));
-    let retire = retired.clone();
+    let connection =
+        Http1 { sender, peer: peer.as_ref().map(|peer| peer.id().clone()), retired: retired.clone() };
     let credentials = connector.credentials().clone();
     tokio::spawn(async move {
         let mut driver = std::pin::pin!(driver.with_upgrades());
         if let Some(peer) = &peer {
             tokio::select! {
                 _ = driver.as_mut() => return,
-                () = trust_ended(peer, credentials, RETIRE_AHEAD) => retire.store(true, Ordering::Relaxed),
+                () = trust_ended(peer, credentials, RETIRE_AHEAD) => retired.store(true, Ordering::Relaxed),
             }
         }
         if let Err(error) = driver.await {
             tracing::debug!(%error, "an HTTP/1 connection broke");
         }
     });
-    Ok((sender, retired))
+    Ok(connection)
 }
 
 fn http2_builder() -> http2::Builder<TokioExecutor> {
@@ -311,6 +320,12 @@ fn http2_builder() -> http2::Builder<TokioExecutor> {
         .keep_alive_interval(PING_AFTER)
         .keep_alive_timeout(PING_TIMEOUT);
     builder
+}
+
+impl Http1 {
+    fn is_usable(&self) -> bool {
+        !self.retired.load(Ordering::Relaxed) && !self.sender.is_closed()
+    }
 }
 
 impl Http2 {
@@ -362,22 +377,29 @@ impl Lease {
                     .map_err(|error| SendFailed::from_hyper(error.error(), error.message().is_some()))?;
                 Ok((response, InUse { connection: Connection::Http2(stream) }))
             }
-            Connection::Http1 { mut sender, home, retired } => {
-                let response = sender
-                    .try_send_request(request)
-                    .await
-                    .map_err(|error| SendFailed::from_hyper(error.error(), error.message().is_some()))?;
-                Ok((response, InUse { connection: Connection::Http1 { sender, home, retired } }))
+            Connection::Http1(mut http1, home) => {
+                let response = http1.sender.try_send_request(request).await.map_err(|error| {
+                    SendFailed::from_hyper(error.error(), error.message().is_some())
+                })?;
+                Ok((response, InUse { connection: Connection::Http1(http1, home) }))
             }
         }
     }
 }
 
 impl InUse {
+    /// Who proved to be there; none in plaintext.
+    pub fn peer(&self) -> Option<&SpiffeId> {
+        match &self.connection {
+            Connection::Http2(stream) => stream.0.peer.as_ref(),
+            Connection::Http1(connection, _) => connection.peer.as_ref(),
+        }
+    }
+
     /// The answer's body was read to its end: the connection may serve another call.
     pub fn finished(self) {
-        if let Connection::Http1 { sender, home: Some((pool, key)), retired } = self.connection {
-            pool.take_back(key, sender, retired);
+        if let Connection::Http1(connection, Some((pool, key))) = self.connection {
+            pool.take_back(key, connection);
         }
     }
 }

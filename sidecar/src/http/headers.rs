@@ -110,8 +110,7 @@ pub fn frame_for<B>(
     fallback: impl FnOnce() -> Authority,
 ) -> Result<()> {
     if request.method() == Method::CONNECT {
-        *request.version_mut() = Version::HTTP_11;
-        return Ok(());
+        return Err(Failed::new(Failure::BadRequest, "CONNECT within HTTP/2 is not carried; use HTTP/1"));
     }
     let path = request.uri().path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
     let authority = authority.unwrap_or_else(fallback);
@@ -155,6 +154,11 @@ fn uri(scheme: Option<Scheme>, authority: Option<Authority>, path: PathAndQuery)
     parts.path_and_query = Some(path);
     Uri::from_parts(parts)
         .map_err(|error| Failed::new(Failure::BadRequest, format!("request target: {error}")))
+}
+
+/// A header as text, where there is one and it is text.
+pub fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    headers.get(name)?.to_str().ok()
 }
 
 /// Is this a gRPC call (gRPC over HTTP/2, "Content-Type")?

@@ -4,8 +4,8 @@
 use std::io;
 
 use hyper::{
-    HeaderMap, Method, Request, Version,
-    header::{CONNECTION, UPGRADE},
+    HeaderMap, Method, Request, StatusCode, Version,
+    header::{CONNECTION, HeaderValue, UPGRADE},
     upgrade::{OnUpgrade, Upgraded},
 };
 use hyper_util::rt::TokioIo;
@@ -25,6 +25,19 @@ fn names_upgrade(headers: &HeaderMap) -> bool {
             .iter()
             .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
             .any(|token| token.trim_ascii().eq_ignore_ascii_case(b"upgrade"))
+}
+
+/// Did the server agree to leave HTTP?
+pub fn left_http(method: &Method, status: StatusCode) -> bool {
+    status == StatusCode::SWITCHING_PROTOCOLS || method == Method::CONNECT && status.is_success()
+}
+
+/// Puts back the two headers that ask for an upgrade, for this hop.
+pub fn ask_for_upgrade(headers: &mut HeaderMap, wanted: Option<HeaderValue>) {
+    if let Some(wanted) = wanted {
+        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(UPGRADE, wanted);
+    }
 }
 
 /// Waits until both connections have left HTTP, and copies between them until both directions have ended.

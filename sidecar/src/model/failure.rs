@@ -116,6 +116,11 @@ impl Failure {
         self.facts().0
     }
 
+    /// The failure that a label stands for.
+    pub fn from_label(label: &str) -> Option<Failure> {
+        Failure::ALL.iter().copied().find(|failure| failure.label() == label)
+    }
+
     /// The HTTP status that the caller sees, where the answer had not begun.
     pub const fn status(self) -> u16 {
         self.facts().1

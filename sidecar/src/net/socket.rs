@@ -1,9 +1,13 @@
 //! Making listeners and dialling, with the options every socket of the sidecar has.
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{
+    io,
+    net::{SocketAddr, TcpListener},
+    time::Duration,
+};
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::net::{TcpSocket, TcpStream};
 
 /// Connections that wait to be accepted, per listener.
 const BACKLOG: i32 = 4096;
@@ -11,7 +15,7 @@ const BACKLOG: i32 = 4096;
 const KEEPALIVE: Duration = Duration::from_secs(30);
 
 /// A listener that several workers may open on the same address (`SO_REUSEPORT`): the kernel spreads the
-/// connections over them. An IPv6 listener takes IPv6 only.
+/// connections over them. An IPv6 listener takes IPv6 only. Not blocking, for a runtime to take over.
 ///
 /// # Errors
 /// What `bind` and `listen` say.
@@ -39,7 +43,7 @@ fn listener(address: SocketAddr, shared: bool) -> io::Result<TcpListener> {
     }
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
-    TcpListener::from_std(socket.into())
+    Ok(socket.into())
 }
 
 /// Dials an address. The caller sets the time limit.

@@ -1,0 +1,105 @@
+//! Where traffic from outside may go on this host, and whether it must be secured.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+use tokio::net::TcpStream;
+
+use crate::{
+    detect::{Heard, ReadAhead},
+    model::{Failed, Failure, MutualTls, Protocol, Result},
+    net,
+};
+
+/// The rules of delivery to the app.
+#[derive(Debug, Clone)]
+pub struct Delivery {
+    /// Where a connection was meant to go.
+    pub meaning: Meaning,
+    /// This workload's own addresses.
+    pub addresses: Vec<IpAddr>,
+    /// The sidecar's own ports: never a destination.
+    pub own_ports: Vec<u16>,
+    /// Ports that the workload registers: delivered to the app's loopback.
+    pub ports: Vec<u16>,
+    /// What the app speaks, where declared.
+    pub protocol: Option<Protocol>,
+    /// Is plaintext taken?
+    pub mutual_tls: MutualTls,
+    /// The same for single ports.
+    pub mutual_tls_ports: BTreeMap<u16, MutualTls>,
+}
+
+/// How a connection says where it was meant to go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Meaning {
+    /// By the original destination of a redirect (a pod).
+    Redirected,
+    /// By the listener it came to: the sidecar stands at the advertised address (`exec`).
+    Listener,
+}
+
+impl Delivery {
+    /// The destination that the client dialled.
+    pub(super) fn meant(&self, tcp: &TcpStream) -> Result<SocketAddr> {
+        let local = tcp.local_addr().map_err(|error| Failed::new(Failure::ClientGone, error.to_string()))?;
+        match self.meaning {
+            Meaning::Listener => Ok(local),
+            // A connection that nobody redirected was meant for the listener itself.
+            Meaning::Redirected => Ok(net::original_destination(tcp, local.is_ipv6()).unwrap_or(local)),
+        }
+    }
+
+    /// Where the app is reached for that destination.
+    ///
+    /// # Errors
+    /// `loop` for a port of ours, `not_ours` for an address or loopback port that nobody outside may reach.
+    pub fn address_of_app(&self, meant: SocketAddr) -> Result<SocketAddr> {
+        let address = meant.ip().to_canonical();
+        if self.own_ports.contains(&meant.port()) {
+            return Err(Failed::new(Failure::Loop, format!("{meant} is a port of the sidecar itself")));
+        }
+        if !self.addresses.contains(&address) || address.is_loopback() && !self.ports.contains(&meant.port()) {
+            return Err(Failed::new(Failure::NotOurs, format!("{meant} is no address of this workload")));
+        }
+        if self.ports.contains(&meant.port()) {
+            let loopback = match address {
+                IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
+                IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
+            };
+            return Ok(SocketAddr::new(loopback, meant.port()));
+        }
+        match self.meaning {
+            Meaning::Redirected => Ok(SocketAddr::new(address, meant.port())),
+            Meaning::Listener => {
+                Err(Failed::new(Failure::NotOurs, format!("port {} is not registered", meant.port())))
+            }
+        }
+    }
+
+    /// What the app speaks, where declared.
+    pub(super) fn protocol(&self) -> Option<Protocol> {
+        self.protocol
+    }
+
+    /// The mode of a port.
+    pub fn mutual_tls(&self, port: u16) -> MutualTls {
+        self.mutual_tls_ports.get(&port).copied().unwrap_or(self.mutual_tls)
+    }
+
+    /// Refuses what is not mutual TLS of the mesh where only that is taken.
+    pub(super) fn check_plaintext(&self, meant: SocketAddr, ahead: &ReadAhead) -> Result<()> {
+        if self.mutual_tls(meant.port()) == MutualTls::Permissive {
+            return Ok(());
+        }
+        let what = match ahead.heard {
+            Heard::Protocol(Protocol::Tls) => "TLS that is not the mesh's",
+            Heard::Protocol(_) | Heard::End => "plaintext",
+            Heard::Silence => "nothing",
+        };
+        let detail = format!("{meant} takes mutual TLS of the mesh only; the client, which has no identity, sent {what}");
+        Err(Failed::new(Failure::PlaintextRefused, detail))
+    }
+}

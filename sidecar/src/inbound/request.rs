@@ -1,0 +1,214 @@
+//! One request that reaches the app: what its caller may claim, whether it may pass, delivery, the answer.
+
+use hyper::{
+    Method, Request, Response, Version,
+    body::Incoming,
+    header::{HeaderMap, UPGRADE},
+    http::uri::Authority,
+};
+use tokio::{sync::OwnedSemaphorePermit, time::Instant};
+use weft_proto::names;
+
+use super::{APP_TIMEOUT, Arrival, Inbound, as_app};
+use crate::{
+    connect::{self, InUse, Key, Security, SendFailed},
+    http::{self, Body, BodyEnd, headers},
+    model::{Failed, Failure, HttpVersion, Protocol, Result},
+    policy::{authorization::Permit, deadline::Deadline},
+    telemetry::Record,
+};
+
+/// gRPC over HTTP/2, "Requests".
+const GRPC_TIMEOUT: &str = "grpc-timeout";
+
+/// An answer of the app, and what must be kept until its body has ended.
+struct Answered {
+    response: Response<Incoming>,
+    in_use: InUse,
+    place: OwnedSemaphorePermit,
+    deadline: Option<Instant>,
+    left_http: bool,
+}
+
+impl Inbound {
+    /// Answers a request from a connection. A peer hears of an app that took nothing by a refused stream, which
+    /// it may try elsewhere; anybody else by a status.
+    pub(super) async fn answer(
+        &self,
+        request: Request<Incoming>,
+        arrival: &Arrival,
+        version: HttpVersion,
+    ) -> std::result::Result<Response<Body>, h2::Error> {
+        let is_grpc = headers::is_grpc(request.headers());
+        let refuse_stream = version == HttpVersion::Http2 && arrival.caller.is_sidecar();
+        match self.request(request.map(Body::from), arrival).await {
+            Ok(response) => Ok(response),
+            Err(failed) if refuse_stream && failed.failure == Failure::AppRefused => Err(http::refuse_stream()),
+            Err(failed) => Ok(http::answer(failed.failure, is_grpc)),
+        }
+    }
+
+    /// A request, from its head to the end of its answer.
+    ///
+    /// # Errors
+    /// Why there is no answer of the app; `app_refused` means that nothing was processed.
+    pub async fn request(&self, request: Request<Body>, arrival: &Arrival) -> Result<Response<Body>> {
+        let protocol = if request.version() == Version::HTTP_2 { Protocol::Http2 } else { Protocol::Http1 };
+        let mut record = self.telemetry.begin(&self.metrics, protocol, arrival.client, &request);
+        record.peer(arrival.caller.identity());
+        match self.deliver(request, arrival, &mut record).await {
+            Ok(answered) => Ok(observed(answered, record)),
+            Err(failed) => {
+                record.fail(failed.clone());
+                Err(failed)
+            }
+        }
+    }
+
+    async fn deliver(&self, mut request: Request<Body>, arrival: &Arrival, record: &mut Record) -> Result<Answered> {
+        let authority = headers::authority(&request)?;
+        let claims = Claims::take(request.headers_mut(), arrival.caller.is_sidecar());
+        let permit = self.permit(arrival)?;
+        let overloaded = |_| Failed::new(Failure::Overloaded, "the bound of requests at a time is reached");
+        let place = self.requests.clone().try_acquire_owned().map_err(overloaded)?;
+        let grpc_timeout = headers::text(request.headers(), GRPC_TIMEOUT);
+        let deadline = Deadline::start(None, grpc_timeout, claims.deadline.as_deref(), Instant::now()).at();
+        let spoken = if request.version() == Version::HTTP_2 { HttpVersion::Http2 } else { HttpVersion::Http1 };
+        let version = claims.version.unwrap_or(spoken);
+        let key = Key { address: arrival.app, security: Security::Plain, version };
+        record.inject(&record.trace().clone(), request.headers_mut());
+        if http::wants_upgrade(&request) {
+            let (response, in_use, left_http) = Box::pin(self.upgrade(request, &key, permit)).await?;
+            return Ok(Answered { response, in_use, place, deadline: None, left_http });
+        }
+        headers::remove_per_hop(request.headers_mut());
+        headers::frame_for(&mut request, version, authority, || authority_of(arrival))?;
+        let sending = self.send(request, &key, permit);
+        let (response, in_use) = match deadline {
+            None => sending.await?,
+            Some(at) => tokio::time::timeout_at(at, sending).await.map_err(|_| {
+                Failed::new(Failure::RequestTimeout, format!("{}: no answer before the caller's deadline", key.address))
+            })??,
+        };
+        Ok(Answered { response, in_use, place, deadline, left_http: false })
+    }
+
+    /// Sends to the app. A kept connection may have been closed by the app meanwhile: a safe request without a
+    /// body is then sent again on a new one.
+    async fn send(
+        &self,
+        request: Request<Body>,
+        key: &Key,
+        _permit: Permit,
+    ) -> Result<(Response<Incoming>, InUse)> {
+        let again = can_repeat(&request).then(|| request_like(&request));
+        let lease = self.pool.lend(key, APP_TIMEOUT).await.map_err(as_app)?;
+        let reused = lease.reused;
+        let failed = match lease.send(request).await {
+            Ok(answered) => return Ok(answered),
+            Err(failed) => failed,
+        };
+        match again {
+            Some(request) if reused && failed.failed.failure == Failure::Reset => {
+                let lease = connect::one_off(&self.connector, key, APP_TIMEOUT).await.map_err(as_app)?;
+                lease.send(request).await.map_err(app_failed)
+            }
+            _ => Err(app_failed(failed)),
+        }
+    }
+
+    /// A connection to the app that stops being HTTP, where the app agrees.
+    async fn upgrade(
+        &self,
+        mut request: Request<Body>,
+        key: &Key,
+        _permit: Permit,
+    ) -> Result<(Response<Incoming>, InUse, bool)> {
+        let method = request.method().clone();
+        let client = hyper::upgrade::on(&mut request);
+        let wanted = request.headers().get(UPGRADE).cloned();
+        headers::remove_per_hop(request.headers_mut());
+        http::ask_for_upgrade(request.headers_mut(), wanted);
+        let key = Key { version: HttpVersion::Http1, ..key.clone() };
+        let lease = connect::one_off(&self.connector, &key, APP_TIMEOUT).await.map_err(as_app)?;
+        let (mut response, in_use) = lease.send(request).await.map_err(app_failed)?;
+        let left_http = http::left_http(&method, response.status());
+        if left_http {
+            let server = hyper::upgrade::on(&mut response);
+            tokio::spawn(async move {
+                let (copied, ended) = http::splice(client, server).await;
+                tracing::debug!(?copied, ?ended, "an upgraded connection ended");
+            });
+        }
+        Ok((response, in_use, left_http))
+    }
+}
+
+/// What a sidecar tells of a request. Removed from every request, believed from a sidecar.
+struct Claims {
+    version: Option<HttpVersion>,
+    deadline: Option<String>,
+}
+
+impl Claims {
+    fn take(headers: &mut HeaderMap, believed: bool) -> Self {
+        let text = |name| headers::text(headers, name).filter(|_| believed);
+        let version = match text(names::HEADER_PROTOCOL) {
+            Some("h1") => Some(HttpVersion::Http1),
+            Some("h2") => Some(HttpVersion::Http2),
+            _ => None,
+        };
+        let deadline = text(names::HEADER_DEADLINE).map(str::to_owned);
+        headers::remove_ours(headers);
+        Claims { version, deadline }
+    }
+}
+
+/// The answer for the caller; its body's end finishes the record and gives the connection back.
+fn observed(answered: Answered, mut record: Record) -> Response<Body> {
+    let Answered { response, in_use, place, deadline, left_http } = answered;
+    let (mut head, body) = response.into_parts();
+    http::begin_answer(&mut record, &head);
+    if !left_http {
+        headers::remove_per_hop(&mut head.headers);
+    }
+    headers::remove_ours(&mut head.headers);
+    head.version = Version::HTTP_11;
+    let body = Body::from(body).until(deadline).observed(move |ended| {
+        http::end_answer(&mut record, &ended);
+        if matches!(ended.how, BodyEnd::Complete) {
+            in_use.finished();
+        }
+        drop(place);
+    });
+    Response::from_parts(head, body)
+}
+
+/// Failures of the app have labels of their own. Where nothing was processed the caller may go elsewhere.
+fn app_failed(failed: SendFailed) -> Failed {
+    if failed.nothing_processed {
+        return Failed::new(Failure::AppRefused, format!("the app took nothing: {}", failed.failed.detail));
+    }
+    as_app(failed.failed)
+}
+
+fn can_repeat(request: &Request<Body>) -> bool {
+    let safe = matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
+    safe && http_body::Body::is_end_stream(request.body())
+}
+
+/// The same request without a body.
+fn request_like(request: &Request<Body>) -> Request<Body> {
+    let mut copy = Request::new(Body::empty());
+    *copy.method_mut() = request.method().clone();
+    *copy.uri_mut() = request.uri().clone();
+    *copy.version_mut() = request.version();
+    *copy.headers_mut() = request.headers().clone();
+    copy
+}
+
+/// For a client that named no host (HTTP/1.0): the address that it dialled.
+fn authority_of(arrival: &Arrival) -> Authority {
+    Authority::try_from(arrival.meant.to_string()).unwrap_or_else(|_| Authority::from_static("localhost"))
+}
+

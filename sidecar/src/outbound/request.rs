@@ -1,0 +1,376 @@
+//! One request of the app: made ready for its hop, then attempted until there is an answer or a reason to stop.
+//! The loop is `attempts`; everything it asks is a step in another room.
+
+use std::{net::SocketAddr, sync::Arc, time::SystemTime};
+
+use hyper::{
+    Request, Response, Version,
+    body::Incoming,
+    header::{HeaderName, HeaderValue, RETRY_AFTER, UPGRADE},
+    http::{request::Parts, uri::Authority},
+};
+use tokio::{
+    sync::OwnedSemaphorePermit,
+    time::{Instant, sleep, timeout_at},
+};
+use weft_proto::names;
+
+use super::{Known, Outbound, Target, Upstream};
+use crate::{
+    balance::Picked,
+    connect::{self, InUse, Key, Security, SendFailed},
+    http::{self, Body, BodyEnd, Replay, ask_for_upgrade, headers, left_http},
+    inbound::{Arrival, Caller},
+    model::{Failed, Failure, HttpVersion, Protocol, Result},
+    policy::{
+        deadline::Deadline,
+        response::{GrpcStatus, failure_speaks_against_endpoint, speaks_against_endpoint},
+        retry::{self, Outcome, Refusal, Verdict},
+    },
+    telemetry::{Record, TraceContext},
+};
+
+/// gRPC over HTTP/2, "Requests".
+const GRPC_TIMEOUT: &str = "grpc-timeout";
+
+/// The head of an answer and, beyond this sidecar, the connection it came on; or why there is none.
+type Attempted = std::result::Result<(Response<Body>, Option<InUse>), SendFailed>;
+
+/// A request on its way, whichever attempt it is.
+struct Call<'a> {
+    upstream: &'a Upstream,
+    known: &'a Known,
+    /// The one endpoint that the app dialled.
+    only: Option<SocketAddr>,
+    head: Parts,
+    body: Replay,
+    version: HttpVersion,
+    deadline: Deadline,
+}
+
+/// An answer, and what must be kept until its body has ended.
+struct Answered {
+    response: Response<Body>,
+    /// None for a call of the app to itself.
+    in_use: Option<InUse>,
+    /// Counts as load of the endpoint.
+    picked: Option<Picked>,
+    deadline: Option<Instant>,
+    left_http: bool,
+}
+
+impl Outbound {
+    /// Answers a request of the app.
+    pub(super) async fn answer(
+        &self,
+        request: Request<Incoming>,
+        target: &Target,
+        client: SocketAddr,
+        spoken: HttpVersion,
+    ) -> Response<Body> {
+        let is_grpc = headers::is_grpc(request.headers());
+        let (upstream, only) = match target {
+            Target::Service(upstream) => (upstream, None),
+            Target::Endpoint(upstream, endpoint) => (upstream, Some(endpoint.address)),
+            // A connection to an address outside is passed through before anybody reads it.
+            Target::Outside(_) => return http::answer(Failure::Internal, is_grpc),
+        };
+        let protocol = match spoken {
+            HttpVersion::Http1 => Protocol::Http1,
+            HttpVersion::Http2 => Protocol::Http2,
+        };
+        let mut record = self.telemetry.begin(&upstream.metrics, protocol, client, &request);
+        match self.request(request, spoken, upstream, only, &mut record).await {
+            Ok((answered, place)) => observed(answered, record, place),
+            Err(failed) => {
+                let failure = failed.failure;
+                record.fail(failed);
+                http::answer(failure, is_grpc)
+            }
+        }
+    }
+
+    async fn request(
+        &self,
+        mut request: Request<Incoming>,
+        spoken: HttpVersion,
+        upstream: &Arc<Upstream>,
+        only: Option<SocketAddr>,
+        record: &mut Record,
+    ) -> Result<(Answered, OwnedSemaphorePermit)> {
+        let authority = headers::authority(&request)?;
+        headers::remove_ours(request.headers_mut());
+        let overloaded = |_| Failed::new(Failure::Overloaded, "the bound of requests at a time is reached");
+        let place = self.requests.clone().try_acquire_owned().map_err(overloaded)?;
+        let known = upstream.known();
+        if http::wants_upgrade(&request) {
+            let answered = Box::pin(self.upgrade(request, upstream, &known, only, record)).await?;
+            return Ok((answered, place));
+        }
+        let grpc_timeout = headers::text(request.headers(), GRPC_TIMEOUT);
+        let deadline = Deadline::start(known.policy.timeouts.request, grpc_timeout, None, Instant::now());
+        let version = match known.security {
+            Security::Mesh(_) => HttpVersion::Http2,
+            Security::Plain => spoken,
+        };
+        headers::remove_per_hop(request.headers_mut());
+        headers::frame_for(&mut request, version, authority, || authority_of(upstream))?;
+        if let Security::Mesh(_) = known.security {
+            request.headers_mut().insert(HeaderName::from_static(names::HEADER_PROTOCOL), protocol_name(spoken));
+        }
+        let (head, body) = request.into_parts();
+        let body = Replay::new(body, known.policy.retries.body_bytes);
+        let call = Call { upstream, known: &known, only, head, body, version, deadline };
+        Ok((self.attempts(&call, record).await?, place))
+    }
+
+    /// Attempt after attempt, until one is answered or there is a reason to stop.
+    async fn attempts(&self, call: &Call<'_>, record: &mut Record) -> Result<Answered> {
+        let mut tried: Vec<SocketAddr> = Vec::new();
+        let mut why = None;
+        call.upstream.budget().deposit(&call.known.policy.retries.budget, Instant::now());
+        loop {
+            let mut picked = call.upstream.pick(call.only, &tried, Instant::now())?;
+            let endpoint = picked.address();
+            let span = record.attempt(endpoint, why);
+            let result = self.attempt(call, endpoint, record, &span).await;
+            self.settle(call, &mut picked, record, &result);
+            match call.again(&result, record.attempts()) {
+                Verdict::Again { reason, after } => {
+                    tried.push(endpoint);
+                    why = Some(reason.label());
+                    drop((result, picked));
+                    sleep(after).await;
+                }
+                Verdict::No { reason } => {
+                    if reason != Refusal::NotNeeded {
+                        record.handles().retry_refused(reason.label());
+                    }
+                    let (response, in_use) = result.map_err(|failed| failed.failed)?;
+                    let deadline = call.deadline.at();
+                    return Ok(Answered { response, in_use, picked: Some(picked), deadline, left_http: false });
+                }
+            }
+        }
+    }
+
+    /// Tells the endpoint's state and the attempt's span how it went.
+    fn settle(&self, call: &Call<'_>, picked: &mut Picked, record: &mut Record, result: &Attempted) {
+        let against = match result {
+            Ok((response, in_use)) => {
+                record.attempt_answered(response.status().as_u16());
+                record.peer(in_use.as_ref().and_then(InUse::peer));
+                let grpc = headers::text(response.headers(), "grpc-status").map(GrpcStatus::parse);
+                let failure = call.mesh_failure(response);
+                failure.is_some_and(failure_speaks_against_endpoint)
+                    || speaks_against_endpoint(response.status().as_u16(), grpc)
+            }
+            Err(failed) => {
+                record.attempt_failed(&failed.failed);
+                failure_speaks_against_endpoint(failed.failed.failure)
+            }
+        };
+        if !against {
+            picked.succeeded(Instant::now());
+        } else if let Some(ejection) = picked.failed(Instant::now()) {
+            self.telemetry.metrics().ejected(call.upstream.name().as_str());
+            let lasts = humantime::format_duration(ejection.lasts);
+            tracing::warn!(service = %call.upstream.name(), endpoint = %ejection.address, %lasts, "endpoint ejected");
+        }
+    }
+
+    /// One attempt: a connection, the request, the head of the answer, within the times of policy and caller.
+    async fn attempt(
+        &self,
+        call: &Call<'_>,
+        endpoint: SocketAddr,
+        record: &Record,
+        span: &TraceContext,
+    ) -> Attempted {
+        let started = Instant::now();
+        let request = call.request(record, span, started);
+        let sending = self.send(call, endpoint, request);
+        let Some(at) = call.deadline.attempt(call.known.policy.timeouts.attempt, started) else {
+            return sending.await;
+        };
+        let failure =
+            if call.deadline.at() == Some(at) { Failure::RequestTimeout } else { Failure::AttemptTimeout };
+        timeout_at(at, sending).await.unwrap_or_else(|_| {
+            let waited = humantime::format_duration(started.elapsed());
+            Err(Failed::new(failure, format!("{endpoint}: no answer after {waited}")).into())
+        })
+    }
+
+    async fn send(
+        &self,
+        call: &Call<'_>,
+        endpoint: SocketAddr,
+        request: Request<Body>,
+    ) -> Attempted {
+        if let Some(arrival) = self.own_arrival(endpoint) {
+            let response = Box::pin(self.inbound.request(request, &arrival)).await?;
+            return Ok((response, None));
+        }
+        let key = Key { address: endpoint, security: call.known.security.clone(), version: call.version };
+        let lease = self.pool.lend(&key, call.known.policy.timeouts.connect).await?;
+        let (response, in_use) = lease.send(request).await?;
+        Ok((response.map(Body::from), Some(in_use)))
+    }
+
+    /// The endpoint is this very workload: the inbound story takes the request without the network.
+    pub(super) fn own_arrival(&self, endpoint: SocketAddr) -> Option<Arrival> {
+        let app = self.inbound.delivery.address_of_app(endpoint).ok()?;
+        let id = self.inbound.credentials.borrow().as_ref()?.id().clone();
+        Some(Arrival { caller: Caller::Own(id), client: endpoint, meant: endpoint, app })
+    }
+
+    /// An HTTP/1 connection of its own, which stops being HTTP where the server agrees.
+    async fn upgrade(
+        &self,
+        mut request: Request<Incoming>,
+        upstream: &Arc<Upstream>,
+        known: &Known,
+        only: Option<SocketAddr>,
+        record: &mut Record,
+    ) -> Result<Answered> {
+        let client = hyper::upgrade::on(&mut request);
+        let method = request.method().clone();
+        let wanted = request.headers().get(UPGRADE).cloned();
+        headers::remove_per_hop(request.headers_mut());
+        ask_for_upgrade(request.headers_mut(), wanted);
+        let mut tried = Vec::new();
+        let (lease, mut picked, span) = loop {
+            let mut picked = upstream.pick(only, &tried, Instant::now())?;
+            let endpoint = picked.address();
+            let span = record.attempt(endpoint, (!tried.is_empty()).then_some("unprocessed"));
+            let key = Key { address: endpoint, security: known.security.clone(), version: HttpVersion::Http1 };
+            match connect::one_off(&self.connector, &key, known.policy.timeouts.connect).await {
+                Ok(lease) => break (lease, picked, span),
+                Err(failed) => {
+                    picked.failed(Instant::now());
+                    record.attempt_failed(&failed);
+                    tried.push(endpoint);
+                    if only.is_some() || tried.len() > usize::from(known.policy.retries.attempts) {
+                        return Err(failed);
+                    }
+                }
+            }
+        };
+        record.inject(&span, request.headers_mut());
+        let sent = lease.send(request.map(Body::from)).await;
+        let (mut response, in_use) = sent.map_err(|failed| {
+            picked.failed(Instant::now());
+            record.attempt_failed(&failed.failed);
+            failed.failed
+        })?;
+        picked.succeeded(Instant::now());
+        record.attempt_answered(response.status().as_u16());
+        record.peer(in_use.peer());
+        if left_http(&method, response.status()) {
+            let server = hyper::upgrade::on(&mut response);
+            tokio::spawn(async move {
+                let (copied, ended) = http::splice(client, server).await;
+                tracing::debug!(?copied, ?ended, "an upgraded connection ended");
+                drop(picked);
+            });
+            let response = response.map(Body::from);
+            return Ok(Answered { response, in_use: Some(in_use), picked: None, deadline: None, left_http: true });
+        }
+        let response = response.map(Body::from);
+        Ok(Answered { response, in_use: Some(in_use), picked: Some(picked), deadline: None, left_http: false })
+    }
+}
+
+impl Call<'_> {
+    fn is_mesh(&self) -> bool {
+        matches!(self.known.security, Security::Mesh(_))
+    }
+
+    /// The request as this attempt sends it.
+    fn request(&self, record: &Record, span: &TraceContext, now: Instant) -> Request<Body> {
+        let mut request = Request::from_parts(self.head.clone(), self.body.begin());
+        let head = request.headers_mut();
+        record.inject(span, head);
+        let timeout = self.deadline.grpc_header(headers::text(head, GRPC_TIMEOUT), now);
+        if let Some(timeout) = timeout.and_then(|text| HeaderValue::try_from(text).ok()) {
+            head.insert(HeaderName::from_static(GRPC_TIMEOUT), timeout);
+        }
+        if self.is_mesh() {
+            let deadline = self.deadline.weft_header(now).and_then(|text| HeaderValue::try_from(text).ok());
+            if let Some(deadline) = deadline {
+                head.insert(HeaderName::from_static(names::HEADER_DEADLINE), deadline);
+            }
+            if record.attempts() > 1 {
+                head.insert(HeaderName::from_static(names::HEADER_ATTEMPT), record.attempts().into());
+            }
+        }
+        request
+    }
+
+    /// The label that a sidecar put on an answer of its own. Nobody else is believed.
+    fn mesh_failure<B>(&self, response: &Response<B>) -> Option<Failure> {
+        headers::text(response.headers(), names::HEADER_FAILURE)
+            .filter(|_| self.is_mesh())
+            .and_then(Failure::from_label)
+    }
+
+    /// May the request be tried again?
+    fn again(&self, result: &Attempted, number: u32) -> Verdict {
+        let now = Instant::now();
+        let outcome = match result {
+            Err(failed) => {
+                Outcome::Failed { failure: failed.failed.failure, unprocessed: failed.nothing_processed }
+            }
+            Ok((response, _)) => match self.mesh_failure(response) {
+                Some(failure) if failure.is_transport() => Outcome::Failed { failure, unprocessed: false },
+                _ => Outcome::Answered {
+                    status: response.status().as_u16(),
+                    retry_after: headers::text(response.headers(), RETRY_AFTER.as_str()),
+                    pushback: headers::text(response.headers(), "grpc-retry-pushback-ms"),
+                },
+            },
+        };
+        let attempt = retry::Attempt {
+            number,
+            method: self.head.method.as_str(),
+            outcome,
+            replayable: self.body.can_begin(),
+            attempt_above: 1,
+            remaining: self.deadline.remaining(now),
+        };
+        let retries = &self.known.policy.retries;
+        let budget = &mut self.upstream.budget();
+        retry::decide(retries, &attempt, budget, &mut fastrand::Rng::new(), now, SystemTime::now())
+    }
+}
+
+/// The answer for the app; its body's end finishes the record and gives connection and endpoint back.
+fn observed(answered: Answered, mut record: Record, place: OwnedSemaphorePermit) -> Response<Body> {
+    let Answered { response, in_use, picked, deadline, left_http } = answered;
+    let (mut head, body) = response.into_parts();
+    http::begin_answer(&mut record, &head);
+    if !left_http {
+        headers::remove_per_hop(&mut head.headers);
+    }
+    head.version = Version::HTTP_11;
+    let body = body.until(deadline).observed(move |ended| {
+        http::end_answer(&mut record, &ended);
+        if let (BodyEnd::Complete, Some(in_use)) = (&ended.how, in_use) {
+            in_use.finished();
+        }
+        drop((picked, place));
+    });
+    Response::from_parts(head, body)
+}
+
+fn protocol_name(spoken: HttpVersion) -> HeaderValue {
+    HeaderValue::from_static(match spoken {
+        HttpVersion::Http1 => "h1",
+        HttpVersion::Http2 => "h2",
+    })
+}
+
+/// For a client that named no host (HTTP/1.0).
+fn authority_of(upstream: &Upstream) -> Authority {
+    Authority::try_from(upstream.name().as_str().replace('_', ".")).unwrap_or_else(|_| Authority::from_static("localhost"))
+}
