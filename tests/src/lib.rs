@@ -1,1 +1,11 @@
 //! What the tests of the whole mesh share: pods made of network namespaces, processes, the programs under test.
+//! A test begins with [`can_run`]; then it makes a [`Network`] and pods in it; everything ends when it is dropped,
+//! after a panic too. Traffic stays inside those namespaces.
+
+mod network;
+mod process;
+mod program;
+
+pub use network::{Netns, Network, Pod};
+pub use process::{Process, output_of, pause, until};
+pub use program::{Need, can_run, program, program_for_everyone};

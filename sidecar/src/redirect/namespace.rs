@@ -1,0 +1,245 @@
+//! What needs `unsafe` for a command in namespaces of its own: taking over descriptors that came by number or
+//! over a socket, keeping one across an exec, and fork (user_namespaces(7), unix(7)). Each block says why it is
+//! sound. Decides nothing: the order of things is in `helper.rs` and `exec.rs`.
+#![allow(unsafe_code)]
+
+use std::{
+    convert::Infallible,
+    ffi::{CString, OsString},
+    fs::{self, File},
+    io::{self, IoSliceMut, Read, Write},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::{ffi::OsStringExt, process::CommandExt},
+    },
+    path::Path,
+    process::{Child, Command},
+};
+
+use nix::{
+    cmsg_space,
+    errno::Errno,
+    fcntl::{FcntlArg, FdFlag, OFlag, fcntl},
+    libc,
+    sched::{CloneFlags, unshare},
+    sys::{
+        prctl::set_pdeathsig,
+        signal::{SigHandler, SigSet, SigmaskHow, Signal, signal, sigprocmask},
+        socket::{AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair},
+    },
+    unistd::{ForkResult, Pid, execvpe, fork, getpid, getppid, pipe2},
+};
+
+use super::{
+    NAMESPACE_ARGUMENT,
+    message::{LONGEST, MOST_SOCKETS, Received},
+};
+
+/// Starts this program again as the helper, with one end of a new socket; gives the other end.
+///
+/// # Errors
+/// What the kernel says.
+pub(super) fn spawn_helper(
+    program: &Path,
+    command: &[OsString],
+    hidden: impl Iterator<Item = OsString>,
+) -> io::Result<(Child, OwnedFd)> {
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+    let mut helper = Command::new(program);
+    helper.arg0("weft-sidecar").arg(NAMESPACE_ARGUMENT).arg(theirs.as_raw_fd().to_string()).arg("--");
+    helper.args(command);
+    for name in hidden {
+        helper.env_remove(name);
+    }
+    let number = theirs.as_raw_fd();
+    // SAFETY: between fork and exec it calls only fcntl, which is async-signal-safe, on a descriptor that is
+    // open as `theirs` lives until after the spawn.
+    unsafe {
+        helper.pre_exec(move || {
+            fcntl(BorrowedFd::borrow_raw(number), FcntlArg::F_SETFD(FdFlag::empty()))?;
+            Ok(())
+        });
+    }
+    let child = helper.spawn()?;
+    Ok((child, ours))
+}
+
+/// Takes over the socket whose number stands on the helper's command line.
+///
+/// # Errors
+/// If no such descriptor is open.
+pub(super) fn take_over(number: RawFd) -> io::Result<OwnedFd> {
+    if number <= 2 {
+        return Err(Errno::EBADF.into());
+    }
+    // SAFETY: borrowed for one call; a number that is not open gives EBADF.
+    fcntl(unsafe { BorrowedFd::borrow_raw(number) }, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    // SAFETY: it is open, as fcntl just showed, and at the start of the program nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Waits for the next message; nothing if the other end is gone.
+///
+/// # Errors
+/// What `recvmsg` says; `InvalidData` if a message was cut.
+pub(super) fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<Received>> {
+    let mut text = vec![0; LONGEST];
+    let mut control = cmsg_space!([RawFd; MOST_SOCKETS]);
+    let (length, attached, cut) = {
+        let mut parts = [IoSliceMut::new(&mut text)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let received = loop {
+            match recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags) {
+                Err(Errno::EINTR) => {}
+                Err(Errno::ECONNRESET) => return Ok(None),
+                other => break other?,
+            }
+        };
+        let mut attached = Vec::new();
+        for message in received.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(numbers) = message {
+                // SAFETY: the kernel has just opened these descriptors for us and nobody else knows them.
+                attached.extend(numbers.into_iter().map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
+            }
+        }
+        (received.bytes, attached, received.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC))
+    };
+    if cut {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "a message of the namespace was cut"));
+    }
+    text.truncate(length);
+    Ok((length > 0).then_some(Received { text, attached }))
+}
+
+/// How the users of a new user namespace are mapped to those of its parent (user_namespaces(7)).
+#[derive(Debug, Clone)]
+pub(super) struct UserMap {
+    pub uids: String,
+    pub gids: String,
+    /// The kernel wants `setgroups` denied before one without capabilities may map a group.
+    pub deny_setgroups: bool,
+}
+
+impl UserMap {
+    /// Writes it for a process that has just made its user namespace.
+    ///
+    /// # Errors
+    /// What the kernel says; `EPERM` if we may not.
+    pub(super) fn write(&self, process: Pid) -> io::Result<()> {
+        let folder = Path::new("/proc").join(process.to_string());
+        if self.deny_setgroups {
+            fs::write(folder.join("setgroups"), "deny")?;
+        }
+        fs::write(folder.join("uid_map"), &self.uids)?;
+        fs::write(folder.join("gid_map"), &self.gids)
+    }
+}
+
+/// Starts the command in a user namespace below the helper's, where it has no capability over the helper's
+/// network namespace. It dies with the helper. It inherits only descriptors 0, 1 and 2, no blocked signal, and
+/// the given environment.
+///
+/// # Errors
+/// What fork, unshare or exec says; then no process is left.
+pub(super) fn start_command(
+    command: &[CString],
+    environment: &[CString],
+    users: &UserMap,
+) -> io::Result<Pid> {
+    let (from_child, to_helper) = pipe2(OFlag::O_CLOEXEC)?;
+    let (from_helper, to_child) = pipe2(OFlag::O_CLOEXEC)?;
+    let helper = getpid();
+    // SAFETY: the helper has one thread, so the child may do whatever a process may.
+    match unsafe { fork() }? {
+        ForkResult::Child => {
+            drop((from_child, to_child));
+            let mut report = File::from(to_helper);
+            let Err(error) =
+                become_command(command, environment, helper, &mut report, File::from(from_helper));
+            let _ = report.write_all(&(error as i32).to_ne_bytes());
+            // SAFETY: ends the child at once, without running what the helper has registered for its exit.
+            unsafe { libc::_exit(127) }
+        }
+        ForkResult::Parent { child } => {
+            drop((to_helper, from_helper));
+            let started = release(child, File::from(from_child), File::from(to_child), users);
+            if started.is_err() {
+                let _ = nix::sys::signal::kill(child, Signal::SIGKILL);
+                let _ = nix::sys::wait::waitpid(child, None);
+            }
+            started.map(|()| child)
+        }
+    }
+}
+
+/// The helper's side of starting the command: map its users, let it go on, and hear whether exec worked.
+fn release(child: Pid, mut report: File, mut go: File, users: &UserMap) -> io::Result<()> {
+    let mut ready = [0];
+    report.read_exact(&mut ready)?;
+    if ready == *UNSHARED {
+        users.write(child)?;
+        go.write_all(b"g")?;
+    }
+    let mut error = Vec::new();
+    report.read_to_end(&mut error)?;
+    // exec closes the pipe; bytes are an error number
+    match <[u8; 4]>::try_from(error.as_slice()) {
+        Ok(number) => Err(io::Error::from_raw_os_error(i32::from_ne_bytes(number))),
+        Err(_) => Ok(()),
+    }
+}
+
+const UNSHARED: &[u8; 1] = b"u";
+const NOT_UNSHARED: &[u8; 1] = b"n";
+
+/// The child's side: it returns only if it fails.
+fn become_command(
+    command: &[CString],
+    environment: &[CString],
+    helper: Pid,
+    report: &mut File,
+    mut go: File,
+) -> Result<Infallible, Errno> {
+    if let Err(error) = unshare(CloneFlags::CLONE_NEWUSER) {
+        let _ = report.write_all(NOT_UNSHARED);
+        return Err(error);
+    }
+    report.write_all(UNSHARED).map_err(|_| Errno::EPIPE)?;
+    go.read_exact(&mut [0]).map_err(|_| Errno::EPIPE)?;
+    set_pdeathsig(Signal::SIGKILL)?;
+    if getppid() != helper {
+        return Err(Errno::ESRCH); // it died before the line above
+    }
+    close_at_exec()?;
+    // SAFETY: sets a default, which runs no code of ours. Rust programs ignore SIGPIPE, others expect it.
+    unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }?;
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
+    let program = command.first().ok_or(Errno::ENOENT)?;
+    execvpe(program, command, environment)
+}
+
+/// Whatever descriptor the caller of the sidecar left open: none but 0, 1 and 2 reaches the command.
+fn close_at_exec() -> Result<(), Errno> {
+    let open = fs::read_dir("/proc/self/fd").map_err(|_| Errno::ENOENT)?;
+    for entry in open.flatten() {
+        let number = entry.file_name().to_str().and_then(|name| name.parse::<RawFd>().ok());
+        if let Some(number) = number.filter(|number| *number > 2) {
+            // SAFETY: borrowed for one call; the number was open a moment ago and nothing else runs here.
+            let _ = fcntl(unsafe { BorrowedFd::borrow_raw(number) }, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC));
+        }
+    }
+    Ok(())
+}
+
+/// Texts as the kernel's exec takes them.
+///
+/// # Errors
+/// `EINVAL` if one contains a zero byte.
+pub(super) fn c_strings(texts: impl IntoIterator<Item = OsString>) -> io::Result<Vec<CString>> {
+    texts.into_iter().map(|text| CString::new(text.into_vec()).map_err(|_| Errno::EINVAL.into())).collect()
+}
+
+/// Borrows all of them.
+pub(super) fn borrowed<T: AsFd>(sockets: &[T]) -> Vec<BorrowedFd<'_>> {
+    sockets.iter().map(AsFd::as_fd).collect()
+}
