@@ -1,1 +1,155 @@
-//! Room `app`: to be built.
+//! The one place where the parts meet. [`App::build`] opens every socket and makes every part, so that what
+//! cannot work is known before anything runs; [`App::run`] starts the parts in the order in which the sidecar
+//! becomes ready, and stops them in the order that loses nothing.
+
+mod build;
+mod check;
+mod command;
+mod stop;
+mod views;
+mod worker;
+
+use std::{ffi::OsString, path::Path, process::ExitCode, sync::Arc};
+
+pub use check::check;
+
+use crate::{
+    admin::{self, Condition, Readiness},
+    config::Config,
+    connect::Dialer,
+    discovery::{Directory, VirtualAddresses},
+    drain::{Drain, Draining},
+    identity,
+    outbound::{Policies, Upstreams},
+    redirect::Namespace,
+    telemetry::{LogLevel, SpanExport, Telemetry},
+    tls::Credentials,
+};
+use build::Sockets;
+use hyper::Method;
+use serde_json::Value;
+use tokio::{
+    runtime::{self, Runtime},
+    sync::{Semaphore, watch},
+};
+
+/// Where the app lives.
+pub enum Place {
+    /// Where the sidecar lives too; connections come redirected (`run`).
+    Host,
+    /// In a network namespace of its own, with this command in it (`exec`).
+    Namespace(Vec<OsString>),
+}
+
+/// A sidecar, ready to run.
+pub struct App {
+    /// For everything but traffic.
+    runtime: Runtime,
+    parts: Parts,
+}
+
+/// What runs.
+struct Parts {
+    shared: Arc<Shared>,
+    sockets: Sockets,
+    /// The command of `exec`.
+    command: Option<Arc<Namespace>>,
+    senders: Senders,
+    span_export: Option<SpanExport>,
+    drains: Drains,
+    drainings: Drainings,
+}
+
+/// What all workers and control tasks have in common.
+struct Shared {
+    config: Config,
+    telemetry: Arc<Telemetry>,
+    readiness: Readiness,
+    conditions: Conditions,
+    log: LogLevel,
+    credentials: watch::Receiver<Option<Arc<Credentials>>>,
+    identity_status: watch::Receiver<identity::Status>,
+    directory: watch::Receiver<Arc<Directory>>,
+    virtual_addresses: Arc<VirtualAddresses>,
+    upstreams: Arc<Upstreams>,
+    /// How the app is reached.
+    app_dialer: Dialer,
+    places: Places,
+}
+
+/// What sources publish into.
+struct Senders {
+    credentials: watch::Sender<Option<Arc<Credentials>>>,
+    identity_status: watch::Sender<identity::Status>,
+    directory: watch::Sender<Arc<Directory>>,
+    policies: watch::Sender<Arc<Policies>>,
+}
+
+/// The groups that finish one after the other.
+struct Drains {
+    inbound: Drain,
+    outbound: Drain,
+    /// The threads themselves.
+    workers: Drain,
+}
+
+/// The other side of [`Drains`], for each worker.
+#[derive(Clone)]
+struct Drainings {
+    inbound: Draining,
+    outbound: Draining,
+    workers: Draining,
+}
+
+impl Drains {
+    fn new() -> (Drains, Drainings) {
+        let (inbound, inbound_draining) = Drain::new();
+        let (outbound, outbound_draining) = Drain::new();
+        let (workers, workers_draining) = Drain::new();
+        let drainings =
+            Drainings { inbound: inbound_draining, outbound: outbound_draining, workers: workers_draining };
+        (Drains { inbound, outbound, workers }, drainings)
+    }
+}
+
+/// What must be met before the sidecar is ready.
+struct Conditions {
+    /// A valid certificate, where there is an authority.
+    identity: Condition,
+    /// A first look at services and policies.
+    discovery: Condition,
+    /// Listeners that are served, and no drain.
+    serving: Condition,
+}
+
+/// Bounds that all workers share.
+struct Places {
+    inbound_connections: Arc<Semaphore>,
+    outbound_connections: Arc<Semaphore>,
+    inbound_requests: Arc<Semaphore>,
+    outbound_requests: Arc<Semaphore>,
+}
+
+impl App {
+    /// Runs until a signal, a drain over the admin socket, or the end of the command. The exit code is that of
+    /// the command, where there is one.
+    pub fn run(self) -> ExitCode {
+        let App { runtime, parts } = self;
+        match runtime.block_on(parts.live()) {
+            Ok(code) => ExitCode::from(code),
+            Err(error) => {
+                tracing::error!("{error:#}");
+                ExitCode::FAILURE
+            }
+        }
+    }
+}
+
+/// Asks a running sidecar over its Unix socket; the answer is JSON.
+///
+/// # Errors
+/// Where nobody answers there, or the answer is a refusal.
+pub fn ask(socket: &Path, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
+    let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(admin::ask(socket, method, path, body))
+}

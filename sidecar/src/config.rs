@@ -9,7 +9,7 @@ mod written;
 
 pub use keys::{KEYS, Key, arguments};
 pub use used::{
-    AccessLog, App, Authority, Config, DrainTimes, Limits, Mode, OwnService, Pin, Ports, Stores, Upstream,
+    AccessLogMode, App, Authority, Config, DrainTimes, Limits, Mode, OwnService, Pin, Ports, Stores, Upstream,
 };
 pub use written::{InvalidSettings, Written};
 

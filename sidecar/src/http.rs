@@ -10,8 +10,8 @@ mod server;
 mod upgrade;
 
 pub use body::{Body, BodyEnd, Ended};
+pub use observe::{begin_answer, end_answer};
 pub use replay::Replay;
 pub use respond::{answer, refuse_stream};
 pub use server::{HttpLimits, serve};
-pub use observe::{begin_answer, end_answer};
 pub use upgrade::{ask_for_upgrade, left_http, splice, wants_upgrade};

@@ -9,7 +9,7 @@ mod delivery;
 mod request;
 
 pub use arrival::{Arrival, Caller};
-pub use delivery::Delivery;
+pub use delivery::{Delivery, Meaning};
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -116,7 +116,9 @@ impl Inbound {
             (None, Heard::Silence) if ahead.bytes.is_empty() => {
                 Box::pin(self.silent(stream, arrival, draining, record)).await
             }
-            (None, Heard::Protocol(protocol)) => self.carry(stream, protocol, arrival, draining, record).await,
+            (None, Heard::Protocol(protocol)) => {
+                self.carry(stream, protocol, arrival, draining, record).await
+            }
             (declared, _) => {
                 self.carry(stream, declared.unwrap_or(Protocol::Opaque), arrival, draining, record).await
             }
@@ -176,7 +178,8 @@ impl Inbound {
         record: &mut telemetry::Connection,
     ) -> Result<()> {
         let mut app = self.connect_app(&arrival).await?;
-        let first = detect::first_to_speak(&mut stream, &mut app).await.map_err(|error| client_broke(&error))?;
+        let first =
+            detect::first_to_speak(&mut stream, &mut app).await.map_err(|error| client_broke(&error))?;
         match first {
             FirstToSpeak::Client(ahead) => {
                 drop(app);
@@ -259,7 +262,9 @@ pub(crate) const APP_TIMEOUT: Duration = Duration::from_secs(5);
 /// The failures of calling the app have names of their own: the caller's side can tell them from its own.
 fn as_app(failed: Failed) -> Failed {
     let failure = match failed.failure {
-        Failure::ConnectRefused | Failure::ConnectTimeout | Failure::ConnectUnreachable => Failure::AppRefused,
+        Failure::ConnectRefused | Failure::ConnectTimeout | Failure::ConnectUnreachable => {
+            Failure::AppRefused
+        }
         Failure::Reset | Failure::BadResponse => Failure::AppReset,
         other => other,
     };

@@ -1,37 +1,181 @@
-//! The command line of the sidecar.
+//! The command line of the sidecar: reads it, calls the room that does the work, turns the outcome into an exit
+//! code. 0: done; 1: failed; 2: settings or usage; otherwise the exit code of the command that `exec` ran.
 
-use std::{env, process::ExitCode};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
-use clap::{Parser, Subcommand};
-use weft_sidecar::redirect::{self, RedirectCommand};
+use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches, Subcommand, value_parser};
+use hyper::Method;
+use serde_json::{Value, json};
+use weft_sidecar::{
+    app::{self, App, Place},
+    config::{self, Config, Written},
+    redirect::{self, RedirectCommand},
+};
 
-#[derive(Debug, Parser)]
-#[command(name = "weft-sidecar", version, about = "The data plane of the Weft service mesh.")]
-struct Arguments {
-    #[command(subcommand)]
-    verb: Verb,
-}
-
-#[derive(Debug, Subcommand)]
-enum Verb {
-    /// Redirect the traffic of a pod to the sidecar, or stop it.
-    #[command(subcommand)]
-    Redirect(RedirectCommand),
-}
+const FAILED: u8 = 1;
+const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    if env::args_os().nth(1).is_some_and(|verb| verb == redirect::NAMESPACE_ARGUMENT) {
+    if std::env::args_os().nth(1).is_some_and(|word| word == redirect::NAMESPACE_ARGUMENT) {
         return redirect::namespace_main();
     }
-    let Verb::Redirect(command) = Arguments::parse().verb;
-    match command.run() {
+    let matches = command().get_matches();
+    match matches.subcommand() {
+        Some(("run", flags)) => run(flags, Place::Host),
+        Some(("exec", flags)) => run(flags, Place::Namespace(words(flags))),
+        Some(("check", flags)) => with_config(flags, |config| app::check(&config)),
+        Some(("redirect", flags)) => redirect(flags),
+        Some(("show", flags)) => show(flags),
+        Some(("drain", flags)) => ask(flags, Method::POST, "/drain", None),
+        Some(("log", flags)) => {
+            let filter = flags.get_one::<String>("filter");
+            ask(flags, Method::PUT, "/log", Some(&json!({ "filter": filter })))
+        }
+        _ => version(),
+    }
+}
+
+fn command() -> Command {
+    let settings = config::arguments();
+    Command::new("weft-sidecar")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("The sidecar of the Weft service mesh: mutual TLS, routing, retries and traces for unmodified apps.")
+        .after_help(EXAMPLES)
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommand(
+            Command::new("run")
+                .about("Carry the traffic of a pod or host whose connections are redirected here")
+                .args(&settings),
+        )
+        .subcommand(
+            Command::new("exec")
+                .about("Run a command in a network namespace of its own and carry its traffic; needs no root")
+                .args(&settings)
+                .arg(
+                    Arg::new("command")
+                        .value_name("CMD")
+                        .help("The command and its arguments")
+                        .action(ArgAction::Append)
+                        .value_parser(value_parser!(OsString))
+                        .trailing_var_arg(true)
+                        .allow_hyphen_values(true)
+                        .required(true)
+                        .num_args(1..),
+                ),
+        )
+        .subcommand(
+            Command::new("check").about("Find out what would keep the sidecar from working here").args(&settings).arg(
+                Arg::new("output").short('o').value_name("FORMAT").value_parser(["text", "json"]).default_value("text"),
+            ),
+        )
+        .subcommand(RedirectCommand::augment_subcommands(
+            Command::new("redirect")
+                .about("Redirect the traffic of a pod to the sidecar, or stop it")
+                .subcommand_required(true),
+        ))
+        .subcommand(
+            Command::new("show").about("Show what a running sidecar knows, as JSON").arg(socket()).arg(
+                Arg::new("view")
+                    .required(true)
+                    .value_parser(["status", "endpoints", "certificate", "config"])
+                    .help("What to show"),
+            ),
+        )
+        .subcommand(Command::new("drain").about("Make a running sidecar finish and stop").arg(socket()))
+        .subcommand(
+            Command::new("log")
+                .about("Change the log filter of a running sidecar")
+                .arg(socket())
+                .arg(Arg::new("filter").required(true).help("error, warn, info, debug, or a filter per module")),
+        )
+        .subcommand(Command::new("version").about("Print the version"))
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  weft-sidecar exec --service web --port 8080 -- python3 -m http.server 8080
+  weft-sidecar run --config /etc/weft/sidecar.yaml
+  weft-sidecar redirect plan
+  weft-sidecar show endpoints --admin-socket /run/weft/web.sock
+
+Every setting is a flag, a WEFT_* variable, or a key in the file that --config names.";
+
+fn socket() -> Arg {
+    Arg::new("admin-socket")
+        .long("admin-socket")
+        .value_name("FILE")
+        .env("WEFT_ADMIN_SOCKET")
+        .value_parser(value_parser!(PathBuf))
+        .required(true)
+        .help("The Unix socket of the sidecar; its log names it at the start")
+}
+
+fn words(flags: &ArgMatches) -> Vec<OsString> {
+    flags.get_many::<OsString>("command").into_iter().flatten().cloned().collect()
+}
+
+fn with_config(flags: &ArgMatches, then: impl FnOnce(Config) -> ExitCode) -> ExitCode {
+    let variables = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    match Config::check(&Written::read(flags, variables)) {
+        Ok(config) => then(config),
+        Err(invalid) => {
+            eprint!("weft-sidecar: {invalid}");
+            ExitCode::from(USAGE)
+        }
+    }
+}
+
+fn run(flags: &ArgMatches, place: Place) -> ExitCode {
+    with_config(flags, |config| match App::build(config, place) {
+        Ok(app) => app.run(),
+        Err(error) => {
+            eprintln!("weft-sidecar: {error:#}");
+            ExitCode::from(FAILED)
+        }
+    })
+}
+
+fn redirect(flags: &ArgMatches) -> ExitCode {
+    let done = RedirectCommand::from_arg_matches(flags).map_err(Into::into).and_then(RedirectCommand::run);
+    match done {
         Ok(text) => {
             print!("{text}");
             ExitCode::SUCCESS
         }
         Err(error) => {
             eprintln!("weft-sidecar: {error:#}");
-            ExitCode::FAILURE
+            ExitCode::from(FAILED)
         }
     }
+}
+
+fn show(flags: &ArgMatches) -> ExitCode {
+    let view = flags.get_one::<String>("view").map(String::as_str).unwrap_or_default();
+    ask(flags, Method::GET, &format!("/{view}"), None)
+}
+
+/// Asks a running sidecar over its Unix socket and prints the answer.
+fn ask(flags: &ArgMatches, method: Method, path: &str, body: Option<&Value>) -> ExitCode {
+    let socket = flags.get_one::<PathBuf>("admin-socket").map(PathBuf::as_path).unwrap_or(Path::new(""));
+    match app::ask(socket, method, path, body) {
+        Ok(answer) => {
+            println!("{answer:#}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("weft-sidecar: {}: {error:#}", socket.display());
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+fn version() -> ExitCode {
+    println!("weft-sidecar {}", env!("CARGO_PKG_VERSION"));
+    ExitCode::SUCCESS
 }

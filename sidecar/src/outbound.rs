@@ -8,7 +8,7 @@ mod request;
 mod tunnel;
 mod upstream;
 
-pub use upstream::{Known, Upstream, Upstreams};
+pub use upstream::{Known, Policies, Upstream, Upstreams};
 
 use std::{collections::HashMap, io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -82,7 +82,13 @@ impl Outbound {
         self.run(tcp, client, target, draining).await;
     }
 
-    async fn run(self: Arc<Self>, tcp: TcpStream, client: SocketAddr, target: Result<Target>, draining: Draining) {
+    async fn run(
+        self: Arc<Self>,
+        tcp: TcpStream,
+        client: SocketAddr,
+        target: Result<Target>,
+        draining: Draining,
+    ) {
         let mut record = self.telemetry.connection(Direction::Outbound, client);
         let mut abort = draining.clone();
         let carried = async {
@@ -107,7 +113,8 @@ impl Outbound {
         if let Some(service) = self.explicit.get(&meant) {
             return self.explicit_upstream(service);
         }
-        if self.own_ports.contains(&meant.port()) && meant.ip().to_canonical().is_loopback() || meant == local {
+        if self.own_ports.contains(&meant.port()) && meant.ip().to_canonical().is_loopback() || meant == local
+        {
             return Err(Failed::new(Failure::Loop, format!("{meant} is a port of the sidecar itself")));
         }
         match self.directory.borrow().lookup(meant, &self.virtual_addresses) {
@@ -172,7 +179,9 @@ impl Outbound {
             Heard::Silence if ahead.bytes.is_empty() => {
                 Box::pin(self.silent(stream, target, draining, record)).await
             }
-            Heard::Silence | Heard::End => self.spoken(stream, Protocol::Opaque, target, draining, record).await,
+            Heard::Silence | Heard::End => {
+                self.spoken(stream, Protocol::Opaque, target, draining, record).await
+            }
         }
     }
 

@@ -30,7 +30,7 @@ use hyper::Request;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use weft_proto::spiffe::SpiffeId;
 
-pub use access_log::{AccessLog, AccessLogMode, AccessLogTarget};
+pub use access_log::{AccessLog, AccessLogTarget};
 pub use connection::Connection;
 pub use exposition::{CLASSIC, OPENMETRICS};
 #[cfg(test)]

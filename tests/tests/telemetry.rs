@@ -28,8 +28,9 @@ use tokio::{
 };
 use tokio_stream::wrappers::TcpListenerStream;
 use weft_sidecar::{
+    config::AccessLogMode,
     model::{Failed, Failure, Protocol},
-    telemetry::{AccessLog, AccessLogMode, AccessLogTarget, Direction, Metrics, Telemetry, TraceSettings},
+    telemetry::{AccessLog, AccessLogTarget, Direction, Metrics, Telemetry, TraceSettings},
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);

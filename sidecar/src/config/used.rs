@@ -40,7 +40,7 @@ pub struct Config {
     /// Times of a drain.
     pub drain: DrainTimes,
     /// `off`, `failures` or `all`.
-    pub access_log: AccessLog,
+    pub access_log: AccessLogMode,
     /// Where access log lines go; none: standard output.
     pub access_log_file: Option<PathBuf>,
     /// Filter of the sidecar's own log.
@@ -179,13 +179,13 @@ pub struct DrainTimes {
     pub timeout: Duration,
 }
 
-/// Which requests the access log tells of.
+/// Which requests and opaque connections the access log tells of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum AccessLog {
+pub enum AccessLogMode {
     /// None.
     Off,
-    /// Those that failed.
+    /// What the mesh could not carry.
     Failures,
     /// All.
     All,
@@ -246,7 +246,11 @@ impl Reader<'_> {
             },
             access_log: self.choice(
                 "access-log",
-                &[("failures", AccessLog::Failures), ("off", AccessLog::Off), ("all", AccessLog::All)],
+                &[
+                    ("failures", AccessLogMode::Failures),
+                    ("off", AccessLogMode::Off),
+                    ("all", AccessLogMode::All),
+                ],
             ),
             access_log_file: self.text("access-log-file").map(PathBuf::from),
             log: self.text("log").unwrap_or_else(|| "info".to_owned()),

@@ -34,14 +34,8 @@ pub struct InvalidSettings(pub Vec<String>);
 
 /// Variables with our prefix that are no settings of the sidecar: the file of settings, and what `redirect` and
 /// the tests read.
-const OTHER_VARIABLES: [&str; 6] = [
-    "WEFT_CONFIG",
-    "WEFT_SIDECAR_UID",
-    "WEFT_EXCLUDE_",
-    "WEFT_INCLUDE_",
-    "WEFT_REDIRECT_",
-    "WEFT_TESTS_",
-];
+const OTHER_VARIABLES: [&str; 6] =
+    ["WEFT_CONFIG", "WEFT_SIDECAR_UID", "WEFT_EXCLUDE_", "WEFT_INCLUDE_", "WEFT_REDIRECT_", "WEFT_TESTS_"];
 /// A settings file is small; a larger one is not ours.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
 

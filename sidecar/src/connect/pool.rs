@@ -281,11 +281,7 @@ pub async fn one_off(connector: &Connector, key: &Key, limit: Duration) -> Resul
     Ok(Lease { connection: Connection::Http1(connection, None), reused: false })
 }
 
-async fn open_http1(
-    connector: &Connector,
-    key: &Key,
-    limit: Duration,
-) -> Result<Http1> {
+async fn open_http1(connector: &Connector, key: &Key, limit: Duration) -> Result<Http1> {
     let Secured { stream, peer } = connector.connect(key.address, &key.security, Alpn::Http1, limit).await?;
     let (sender, driver) = http1::Builder::new()
         .title_case_headers(true)
@@ -378,9 +374,11 @@ impl Lease {
                 Ok((response, InUse { connection: Connection::Http2(stream) }))
             }
             Connection::Http1(mut http1, home) => {
-                let response = http1.sender.try_send_request(request).await.map_err(|error| {
-                    SendFailed::from_hyper(error.error(), error.message().is_some())
-                })?;
+                let response = http1
+                    .sender
+                    .try_send_request(request)
+                    .await
+                    .map_err(|error| SendFailed::from_hyper(error.error(), error.message().is_some()))?;
                 Ok((response, InUse { connection: Connection::Http1(http1, home) }))
             }
         }

@@ -61,7 +61,8 @@ impl Delivery {
         if self.own_ports.contains(&meant.port()) {
             return Err(Failed::new(Failure::Loop, format!("{meant} is a port of the sidecar itself")));
         }
-        if !self.addresses.contains(&address) || address.is_loopback() && !self.ports.contains(&meant.port()) {
+        if !self.addresses.contains(&address) || address.is_loopback() && !self.ports.contains(&meant.port())
+        {
             return Err(Failed::new(Failure::NotOurs, format!("{meant} is no address of this workload")));
         }
         if self.ports.contains(&meant.port()) {
@@ -99,7 +100,9 @@ impl Delivery {
             Heard::Protocol(_) | Heard::End => "plaintext",
             Heard::Silence => "nothing",
         };
-        let detail = format!("{meant} takes mutual TLS of the mesh only; the client, which has no identity, sent {what}");
+        let detail = format!(
+            "{meant} takes mutual TLS of the mesh only; the client, which has no identity, sent {what}"
+        );
         Err(Failed::new(Failure::PlaintextRefused, detail))
     }
 }

@@ -43,7 +43,9 @@ impl Inbound {
         let refuse_stream = version == HttpVersion::Http2 && arrival.caller.is_sidecar();
         match self.request(request.map(Body::from), arrival).await {
             Ok(response) => Ok(response),
-            Err(failed) if refuse_stream && failed.failure == Failure::AppRefused => Err(http::refuse_stream()),
+            Err(failed) if refuse_stream && failed.failure == Failure::AppRefused => {
+                Err(http::refuse_stream())
+            }
             Err(failed) => Ok(http::answer(failed.failure, is_grpc)),
         }
     }
@@ -65,7 +67,12 @@ impl Inbound {
         }
     }
 
-    async fn deliver(&self, mut request: Request<Body>, arrival: &Arrival, record: &mut Record) -> Result<Answered> {
+    async fn deliver(
+        &self,
+        mut request: Request<Body>,
+        arrival: &Arrival,
+        record: &mut Record,
+    ) -> Result<Answered> {
         let authority = headers::authority(&request)?;
         let claims = Claims::take(request.headers_mut(), arrival.caller.is_sidecar());
         let permit = self.permit(arrival)?;
@@ -73,7 +80,8 @@ impl Inbound {
         let place = self.requests.clone().try_acquire_owned().map_err(overloaded)?;
         let grpc_timeout = headers::text(request.headers(), GRPC_TIMEOUT);
         let deadline = Deadline::start(None, grpc_timeout, claims.deadline.as_deref(), Instant::now()).at();
-        let spoken = if request.version() == Version::HTTP_2 { HttpVersion::Http2 } else { HttpVersion::Http1 };
+        let spoken =
+            if request.version() == Version::HTTP_2 { HttpVersion::Http2 } else { HttpVersion::Http1 };
         let version = claims.version.unwrap_or(spoken);
         let key = Key { address: arrival.app, security: Security::Plain, version };
         record.inject(&record.trace().clone(), request.headers_mut());
@@ -87,7 +95,10 @@ impl Inbound {
         let (response, in_use) = match deadline {
             None => sending.await?,
             Some(at) => tokio::time::timeout_at(at, sending).await.map_err(|_| {
-                Failed::new(Failure::RequestTimeout, format!("{}: no answer before the caller's deadline", key.address))
+                Failed::new(
+                    Failure::RequestTimeout,
+                    format!("{}: no answer before the caller's deadline", key.address),
+                )
             })??,
         };
         Ok(Answered { response, in_use, place, deadline, left_http: false })
@@ -211,4 +222,3 @@ fn request_like(request: &Request<Body>) -> Request<Body> {
 fn authority_of(arrival: &Arrival) -> Authority {
     Authority::try_from(arrival.meant.to_string()).unwrap_or_else(|_| Authority::from_static("localhost"))
 }
-

@@ -116,7 +116,9 @@ impl Outbound {
         headers::remove_per_hop(request.headers_mut());
         headers::frame_for(&mut request, version, authority, || authority_of(upstream))?;
         if let Security::Mesh(_) = known.security {
-            request.headers_mut().insert(HeaderName::from_static(names::HEADER_PROTOCOL), protocol_name(spoken));
+            request
+                .headers_mut()
+                .insert(HeaderName::from_static(names::HEADER_PROTOCOL), protocol_name(spoken));
         }
         let (head, body) = request.into_parts();
         let body = Replay::new(body, known.policy.retries.body_bytes);
@@ -148,7 +150,13 @@ impl Outbound {
                     }
                     let (response, in_use) = result.map_err(|failed| failed.failed)?;
                     let deadline = call.deadline.at();
-                    return Ok(Answered { response, in_use, picked: Some(picked), deadline, left_http: false });
+                    return Ok(Answered {
+                        response,
+                        in_use,
+                        picked: Some(picked),
+                        deadline,
+                        left_http: false,
+                    });
                 }
             }
         }
@@ -201,12 +209,7 @@ impl Outbound {
         })
     }
 
-    async fn send(
-        &self,
-        call: &Call<'_>,
-        endpoint: SocketAddr,
-        request: Request<Body>,
-    ) -> Attempted {
+    async fn send(&self, call: &Call<'_>, endpoint: SocketAddr, request: Request<Body>) -> Attempted {
         if let Some(arrival) = self.own_arrival(endpoint) {
             let response = Box::pin(self.inbound.request(request, &arrival)).await?;
             return Ok((response, None));
@@ -243,7 +246,8 @@ impl Outbound {
             let mut picked = upstream.pick(only, &tried, Instant::now())?;
             let endpoint = picked.address();
             let span = record.attempt(endpoint, (!tried.is_empty()).then_some("unprocessed"));
-            let key = Key { address: endpoint, security: known.security.clone(), version: HttpVersion::Http1 };
+            let key =
+                Key { address: endpoint, security: known.security.clone(), version: HttpVersion::Http1 };
             match connect::one_off(&self.connector, &key, known.policy.timeouts.connect).await {
                 Ok(lease) => break (lease, picked, span),
                 Err(failed) => {
@@ -274,10 +278,22 @@ impl Outbound {
                 drop(picked);
             });
             let response = response.map(Body::from);
-            return Ok(Answered { response, in_use: Some(in_use), picked: None, deadline: None, left_http: true });
+            return Ok(Answered {
+                response,
+                in_use: Some(in_use),
+                picked: None,
+                deadline: None,
+                left_http: true,
+            });
         }
         let response = response.map(Body::from);
-        Ok(Answered { response, in_use: Some(in_use), picked: Some(picked), deadline: None, left_http: false })
+        Ok(Answered {
+            response,
+            in_use: Some(in_use),
+            picked: Some(picked),
+            deadline: None,
+            left_http: false,
+        })
     }
 }
 
@@ -372,5 +388,6 @@ fn protocol_name(spoken: HttpVersion) -> HeaderValue {
 
 /// For a client that named no host (HTTP/1.0).
 fn authority_of(upstream: &Upstream) -> Authority {
-    Authority::try_from(upstream.name().as_str().replace('_', ".")).unwrap_or_else(|_| Authority::from_static("localhost"))
+    Authority::try_from(upstream.name().as_str().replace('_', "."))
+        .unwrap_or_else(|_| Authority::from_static("localhost"))
 }

@@ -58,7 +58,8 @@ impl Outbound {
             Target::Service(upstream) => (upstream, None),
             Target::Endpoint(upstream, endpoint) => (upstream, Some(endpoint.address)),
             Target::Outside(address) => {
-                let secured = self.connector.connect(*address, &Security::Plain, Alpn::Tcp, OUTSIDE_TIMEOUT).await?;
+                let secured =
+                    self.connector.connect(*address, &Security::Plain, Alpn::Tcp, OUTSIDE_TIMEOUT).await?;
                 return Ok(self.tunnel(secured.stream, None, None));
             }
         };

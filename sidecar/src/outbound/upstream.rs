@@ -46,7 +46,8 @@ pub struct Known {
 impl Known {
     fn new(service: Arc<Service>, policy: Arc<Policy>) -> Self {
         let expected = if policy.identities.is_empty() { &service.identities } else { &policy.identities };
-        let security = if expected.is_empty() { Security::Plain } else { Security::Mesh(expected[..].into()) };
+        let security =
+            if expected.is_empty() { Security::Plain } else { Security::Mesh(expected[..].into()) };
         Known { service, policy, security }
     }
 

@@ -16,26 +16,14 @@ use std::{
     time::Duration,
 };
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use tokio::{
     sync::oneshot,
     time::{sleep, timeout},
 };
 
 use super::metrics::Metrics;
-
-/// What is logged.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
-#[serde(rename_all = "lowercase")]
-pub enum AccessLogMode {
-    /// Nothing.
-    Off,
-    /// What the mesh could not carry.
-    #[default]
-    Failures,
-    /// Every request and every opaque connection.
-    All,
-}
+use crate::config::AccessLogMode;
 
 /// Where lines go.
 #[derive(Debug, Clone, PartialEq, Eq)]

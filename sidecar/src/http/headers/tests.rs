@@ -13,7 +13,8 @@ fn request(version: Version, uri: &str, headers: &[(&str, &str)]) -> Request<()>
 
 #[test]
 fn a_host_that_reads_two_ways_is_refused() {
-    let cases: [(Version, &str, &[(&str, &str)]); 7] = [
+    type Headers = &'static [(&'static str, &'static str)];
+    let cases: [(Version, &str, Headers); 7] = [
         (Version::HTTP_11, "/", &[]),
         (Version::HTTP_11, "/", &[("host", "a"), ("host", "a")]),
         (Version::HTTP_11, "/", &[("host", "a/b")]),

@@ -4,10 +4,9 @@ use opentelemetry::trace::{SpanKind, Status};
 use opentelemetry_sdk::trace::SpanData;
 use serde_json::Value;
 
-use super::super::{
-    AccessLog, AccessLogMode, AccessLogTarget, Metrics, Security, SpanExport, Telemetry, TraceSettings,
-};
+use super::super::{AccessLog, AccessLogTarget, Metrics, Security, SpanExport, Telemetry, TraceSettings};
 use super::*;
+use crate::config::AccessLogMode;
 
 const CALLER: &str = "spiffe://mesh.local/ns/shop/sa/web";
 const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";

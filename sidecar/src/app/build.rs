@@ -1,0 +1,271 @@
+//! Opens every socket and makes every part.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
+    path::Path,
+    sync::Arc,
+    time::SystemTime,
+};
+
+use anyhow::{Context, Result};
+use tokio::{
+    net::UnixListener,
+    runtime,
+    sync::{Semaphore, watch},
+};
+
+use super::{App, Conditions, Drains, Parts, Place, Places, Senders, Shared, command, worker::Listeners};
+use crate::{
+    admin::{Readiness, listen_private},
+    config::Config,
+    connect::Dialer,
+    discovery::{Directory, VirtualAddresses},
+    identity,
+    inbound::{Delivery, Meaning},
+    model::{Policy, Timeouts},
+    net,
+    outbound::{Policies, Upstreams},
+    redirect::Listeners as InsideListeners,
+    telemetry::{
+        AccessLog, AccessLogTarget, LogFormat, Metrics, SpanExport, Telemetry, TraceSettings, init_log,
+    },
+};
+
+/// Every socket of the sidecar, open.
+pub(super) struct Sockets {
+    pub(super) workers: Vec<Listeners>,
+    pub(super) dns_udp: Vec<UdpSocket>,
+    pub(super) dns_tcp: Vec<TcpListener>,
+    pub(super) admin: TcpListener,
+    pub(super) admin_socket: UnixListener,
+    pub(super) delivery: Delivery,
+    /// The address that peers dial.
+    pub(super) advertised: IpAddr,
+}
+
+impl App {
+    /// Makes a sidecar of its settings. Nothing runs yet, but every socket is open.
+    ///
+    /// # Errors
+    /// The socket that cannot be opened, or the command that cannot be started, with the way out.
+    pub fn build(config: Config, place: Place) -> Result<App> {
+        let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+        let parts = {
+            let _inside = runtime.enter();
+            Parts::build(config, place)?
+        };
+        Ok(App { runtime, parts })
+    }
+}
+
+impl Parts {
+    fn build(config: Config, place: Place) -> Result<Parts> {
+        let log = init_log(&config.log, if config.log_json { LogFormat::Json } else { LogFormat::Text })?;
+        let (telemetry, span_export) = telemetry(&config)?;
+        let advertised = advertised_address(&config)?;
+        let (command, app_dialer, mut sockets) = match place {
+            Place::Host => (None, Dialer::Direct, host_sockets(&config, advertised)?),
+            Place::Namespace(words) => {
+                let (namespace, inside) = command::start(&config, &words)?;
+                let dialer = command::dialer(&namespace);
+                (Some(namespace), dialer, namespace_sockets(&config, advertised, inside)?)
+            }
+        };
+        sockets.delivery.own_ports.push(sockets.admin.local_addr()?.port());
+        let (credentials_sender, credentials) = watch::channel(None);
+        let (status_sender, identity_status) = watch::channel(identity::Status::default());
+        let (directory_sender, directory) = watch::channel(Arc::new(Directory::default()));
+        let (policies_sender, policies) = watch::channel(Arc::new(Policies::default()));
+        let default_policy = Policy {
+            timeouts: Timeouts { connect: config.connect_timeout, ..Timeouts::default() },
+            ..Policy::default()
+        };
+        let upstreams = Upstreams::new(directory.clone(), policies, default_policy, telemetry.clone());
+        let (drains, drainings) = Drains::new();
+        let readiness = Readiness::default();
+        let shared = Arc::new(Shared {
+            conditions: Conditions {
+                identity: readiness.condition("identity"),
+                discovery: readiness.condition("discovery"),
+                serving: readiness.condition("serving"),
+            },
+            readiness,
+            log,
+            virtual_addresses: Arc::new(virtual_addresses(&config)),
+            places: places(&config),
+            telemetry,
+            credentials,
+            identity_status,
+            directory,
+            upstreams,
+            app_dialer,
+            config,
+        });
+        let senders = Senders {
+            credentials: credentials_sender,
+            identity_status: status_sender,
+            directory: directory_sender,
+            policies: policies_sender,
+        };
+        Ok(Parts { shared, sockets, command, senders, span_export, drains, drainings })
+    }
+}
+
+/// Traces by the `OTEL_*` variables; one that cannot be used is told and left out, as the specification of
+/// OpenTelemetry has it.
+fn telemetry(config: &Config) -> Result<(Arc<Telemetry>, Option<SpanExport>)> {
+    let service = config.own.service.as_str();
+    let (settings, problems) = TraceSettings::read(|name| std::env::var(name).ok(), service);
+    for problem in problems {
+        tracing::warn!("{problem}");
+    }
+    let metrics = Arc::new(Metrics::new());
+    let target = config.access_log_file.clone().map_or(AccessLogTarget::Stdout, AccessLogTarget::File);
+    let access_log =
+        AccessLog::open(config.access_log, &target, &metrics).context("cannot open the access log")?;
+    Ok(Telemetry::new(&settings, access_log, metrics))
+}
+
+fn places(config: &Config) -> Places {
+    let limits = &config.limits;
+    Places {
+        inbound_connections: Arc::new(Semaphore::new(limits.connections)),
+        outbound_connections: Arc::new(Semaphore::new(limits.connections)),
+        inbound_requests: Arc::new(Semaphore::new(limits.requests)),
+        outbound_requests: Arc::new(Semaphore::new(limits.requests)),
+    }
+}
+
+fn virtual_addresses(config: &Config) -> VirtualAddresses {
+    match &config.stores.state_dir {
+        Some(folder) => VirtualAddresses::open(&folder.join("virtual-addresses.json"), SystemTime::now()),
+        None => VirtualAddresses::in_memory(),
+    }
+}
+
+/// Sockets of a sidecar that shares its network with the app.
+fn host_sockets(config: &Config, advertised: IpAddr) -> Result<Sockets> {
+    let ports = &config.ports;
+    let mut workers = Vec::new();
+    for _ in 0..config.limits.workers {
+        let mut listeners = Listeners::default();
+        for address in both_families(Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST, ports.outbound) {
+            listeners.outbound.push(shared(address, "outbound-port")?);
+        }
+        for address in both_families(Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED, ports.inbound) {
+            listeners.inbound.push(shared(address, "inbound-port")?);
+        }
+        for upstream in &config.upstreams {
+            listeners.outbound.push(shared(upstream.listen, "upstream")?);
+        }
+        workers.push(listeners);
+    }
+    let mut dns_udp = Vec::new();
+    let mut dns_tcp = Vec::new();
+    for address in both_families(Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST, ports.dns) {
+        let udp = UdpSocket::bind(address).with_context(|| taken(address, "dns-port"))?;
+        udp.set_nonblocking(true)?;
+        dns_udp.push(udp);
+        dns_tcp.push(net::listen(address).with_context(|| taken(address, "dns-port"))?);
+    }
+    let mut addresses = interface_addresses()?;
+    addresses.push(advertised);
+    Ok(Sockets {
+        workers,
+        dns_udp,
+        dns_tcp,
+        admin: net::listen(ports.admin).with_context(|| taken(ports.admin, "admin"))?,
+        admin_socket: listen_private(&ports.admin_socket)?,
+        delivery: delivery(config, Meaning::Redirected, addresses),
+        advertised,
+    })
+}
+
+/// Sockets of a sidecar whose app has a network of its own: ours stand at the advertised address, the app's
+/// were made inside.
+fn namespace_sockets(config: &Config, advertised: IpAddr, inside: InsideListeners) -> Result<Sockets> {
+    let mut workers = Vec::new();
+    for _ in 0..config.limits.workers {
+        let mut listeners = Listeners::default();
+        for port in &config.app.ports {
+            listeners.inbound.push(shared(SocketAddr::new(advertised, *port), "port")?);
+        }
+        workers.push(listeners);
+    }
+    // Both come worker by worker, the same number for each.
+    let upstreams = inside.upstreams.into_iter().map(|(_, listener)| listener);
+    for of_all in [inside.outbound, upstreams.collect()] {
+        let each = of_all.len() / workers.len();
+        for (number, listener) in of_all.into_iter().enumerate() {
+            workers[number / each].outbound.push(listener);
+        }
+    }
+    let admin = config.ports.admin;
+    Ok(Sockets {
+        workers,
+        dns_udp: inside.dns_udp,
+        dns_tcp: inside.dns_tcp,
+        admin: net::listen(admin).with_context(|| taken(admin, "admin"))?,
+        admin_socket: listen_private(&config.ports.admin_socket)?,
+        delivery: delivery(config, Meaning::Listener, vec![advertised]),
+        advertised,
+    })
+}
+
+fn delivery(config: &Config, meaning: Meaning, addresses: Vec<IpAddr>) -> Delivery {
+    Delivery {
+        meaning,
+        addresses,
+        own_ports: config.own_ports(),
+        ports: config.app.ports.clone(),
+        protocol: config.app.protocol,
+        mutual_tls: config.app.mutual_tls,
+        mutual_tls_ports: config.app.mutual_tls_ports.clone(),
+    }
+}
+
+/// Both families, or IPv4 alone where the host has no IPv6.
+fn both_families(v4: Ipv4Addr, v6: Ipv6Addr, port: u16) -> Vec<SocketAddr> {
+    let has_ipv6 = Path::new("/proc/net/if_inet6").metadata().is_ok()
+        && UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)).is_ok();
+    let mut addresses = vec![SocketAddr::from((v4, port))];
+    if has_ipv6 {
+        addresses.push(SocketAddr::from((v6, port)));
+    }
+    addresses
+}
+
+fn shared(address: SocketAddr, setting: &str) -> Result<TcpListener> {
+    net::listen_shared(address).with_context(|| taken(address, setting))
+}
+
+fn taken(address: SocketAddr, setting: &str) -> String {
+    format!("cannot listen on {address}; free it, or choose another with --{setting}")
+}
+
+/// The address that peers dial: as set, or the first of this host that others can reach.
+fn advertised_address(config: &Config) -> Result<IpAddr> {
+    if let Some(address) = config.own.advertise {
+        return Ok(address);
+    }
+    let first = interface_addresses()?.into_iter().find(|address| !address.is_loopback());
+    Ok(first.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)))
+}
+
+/// The addresses of this host that others may dial; link-local ones are left out.
+fn interface_addresses() -> Result<Vec<IpAddr>> {
+    let mut addresses = Vec::new();
+    for interface in nix::ifaddrs::getifaddrs().context("cannot read the addresses of this host")? {
+        let Some(address) = interface.address else { continue };
+        let ip = match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
+            (Some(v4), _) => IpAddr::V4(v4.ip()),
+            (_, Some(v6)) if !v6.ip().is_unicast_link_local() => IpAddr::V6(v6.ip()),
+            _ => continue,
+        };
+        if !ip.is_loopback() {
+            addresses.push(ip);
+        }
+    }
+    addresses.sort_by_key(|address| address.is_ipv6());
+    Ok(addresses)
+}

@@ -1,0 +1,152 @@
+//! One worker: a thread with a runtime, listeners and pools of its own. Workers share endpoint state and
+//! snapshots, and nothing that waits.
+
+use std::{net::TcpListener as StdListener, sync::Arc, time::Duration};
+
+use tokio::{net::TcpListener, runtime, task::JoinSet};
+
+use super::{Drainings, Shared};
+use crate::{
+    connect::{Connector, Dialer, Pool},
+    http::HttpLimits,
+    inbound::{Delivery, Inbound},
+    model::Failure,
+    outbound::Outbound,
+    serve::{self, Incident},
+    telemetry::Direction,
+};
+
+/// How often idle connections are looked for.
+const SWEEP: Duration = Duration::from_secs(10);
+
+/// The listeners of one worker.
+#[derive(Default)]
+pub(super) struct Listeners {
+    pub(super) inbound: Vec<StdListener>,
+    pub(super) outbound: Vec<StdListener>,
+}
+
+/// Carries traffic until both groups have drained.
+pub(super) fn run(shared: &Arc<Shared>, listeners: Listeners, delivery: Delivery, drainings: Drainings) {
+    let runtime = match runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return tracing::error!(%error, "a worker cannot start"),
+    };
+    runtime.block_on(carry(shared, listeners, delivery, drainings));
+}
+
+async fn carry(shared: &Arc<Shared>, listeners: Listeners, delivery: Delivery, drainings: Drainings) {
+    let Drainings { inbound: inbound_draining, outbound: outbound_draining, workers: mut end } = drainings;
+    let inbound = inbound(shared, delivery);
+    let outbound = outbound(shared, inbound.clone());
+    for pool in [inbound.pool.clone(), outbound.pool.clone()] {
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(SWEEP).await;
+                pool.sweep();
+            }
+        });
+    }
+    let mut loops = JoinSet::new();
+    for listener in taken_over(listeners.inbound) {
+        let (story, draining) = (inbound.clone(), inbound_draining.clone());
+        let connection_draining = draining.clone();
+        loops.spawn(serve::accept(
+            listener,
+            shared.places.inbound_connections.clone(),
+            draining,
+            tell(shared, Direction::Inbound),
+            move |stream, client| story.clone().connection(stream, client, connection_draining.clone()),
+        ));
+    }
+    for listener in taken_over(listeners.outbound) {
+        let (story, draining) = (outbound.clone(), outbound_draining.clone());
+        let connection_draining = draining.clone();
+        loops.spawn(serve::accept(
+            listener,
+            shared.places.outbound_connections.clone(),
+            draining,
+            tell(shared, Direction::Outbound),
+            move |stream, client| story.clone().connection(stream, client, connection_draining.clone()),
+        ));
+    }
+    // Held by the loops and their connections from here on: a group has drained when the last of them is gone.
+    drop((inbound_draining, outbound_draining));
+    end.started().await;
+}
+
+fn taken_over(listeners: Vec<StdListener>) -> Vec<TcpListener> {
+    let take = |listener| match TcpListener::from_std(listener) {
+        Ok(listener) => Some(listener),
+        Err(error) => {
+            tracing::error!(%error, "a listener cannot be used");
+            None
+        }
+    };
+    listeners.into_iter().filter_map(take).collect()
+}
+
+/// What an accept loop met, for metric and log.
+fn tell(
+    shared: &Arc<Shared>,
+    direction: Direction,
+) -> impl Fn(Incident, std::net::SocketAddr) + Clone + Send + 'static {
+    let telemetry = shared.telemetry.clone();
+    move |incident, client| {
+        let failure = match incident {
+            Incident::Full => Failure::Overloaded,
+            Incident::Panicked => Failure::Internal,
+        };
+        telemetry.metrics().connection_failed(direction, failure);
+        tracing::error!(%client, %failure, direction = direction.label(), "a connection was not carried");
+    }
+}
+
+fn limits(shared: &Shared) -> HttpLimits {
+    let limits = &shared.config.limits;
+    HttpLimits {
+        header_bytes: limits.header_bytes,
+        header_fields: limits.header_fields,
+        header_timeout: limits.header_timeout,
+        concurrent_streams: limits.streams,
+        ..HttpLimits::default()
+    }
+}
+
+fn inbound(shared: &Arc<Shared>, delivery: Delivery) -> Arc<Inbound> {
+    let connector = Connector::new(shared.app_dialer.clone(), shared.credentials.clone());
+    let service = shared.config.own.service.as_str();
+    Arc::new(Inbound {
+        delivery,
+        pool: Pool::new(connector.clone()),
+        connector,
+        credentials: shared.credentials.clone(),
+        limits: limits(shared),
+        requests: shared.places.inbound_requests.clone(),
+        drain_timeout: shared.config.drain.timeout,
+        metrics: shared.telemetry.metrics().service(Direction::Inbound, service, "default"),
+        telemetry: shared.telemetry.clone(),
+    })
+}
+
+fn outbound(shared: &Arc<Shared>, inbound: Arc<Inbound>) -> Arc<Outbound> {
+    let config = &shared.config;
+    let connector = Connector::new(Dialer::Direct, shared.credentials.clone());
+    let explicit =
+        config.upstreams.iter().map(|upstream| (upstream.listen, upstream.service.clone())).collect();
+    Arc::new(Outbound {
+        directory: shared.directory.clone(),
+        virtual_addresses: shared.virtual_addresses.clone(),
+        explicit,
+        upstreams: shared.upstreams.clone(),
+        pool: Pool::new(connector.clone()),
+        connector,
+        inbound,
+        mode: config.mode,
+        own_ports: config.own_ports(),
+        limits: limits(shared),
+        requests: shared.places.outbound_requests.clone(),
+        drain_timeout: config.drain.timeout,
+        telemetry: shared.telemetry.clone(),
+    })
+}
