@@ -4,6 +4,7 @@
 
 pub mod document;
 mod keys;
+pub mod policy_document;
 mod used;
 mod written;
 

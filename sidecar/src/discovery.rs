@@ -7,6 +7,7 @@ pub mod dns;
 pub mod file;
 mod files;
 mod folder;
+pub mod policies;
 pub mod publish;
 mod service_document;
 mod virtual_addresses;

@@ -134,6 +134,14 @@ lease: 30s
     }
 
     #[test]
+    fn the_documented_example_is_read() {
+        let docs = include_str!("../../../docs/services.md");
+        let (_, rest) = docs.split_once("```yaml\n").expect("an example in docs/services.md");
+        let document = read_it(rest.split_once("```").unwrap().0).unwrap();
+        assert_eq!((document.service.as_str(), document.endpoints.len()), ("orders_shop", 2));
+    }
+
+    #[test]
     fn every_mistake_has_its_line() {
         let text = "service: Orders
 protocol: http

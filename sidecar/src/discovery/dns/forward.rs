@@ -42,7 +42,8 @@ impl Forwarder {
     pub(super) fn new(resolvers: Vec<SocketAddr>, own: &[SocketAddr]) -> Self {
         let is_own = |resolver: &SocketAddr| {
             own.iter().any(|own| {
-                own.port() == resolver.port() && (own.ip() == resolver.ip() || own.ip().is_unspecified())
+                let on_loopback = own.ip().is_unspecified() && resolver.ip().is_loopback();
+                own.port() == resolver.port() && (own.ip() == resolver.ip() || on_loopback)
             })
         };
         Forwarder { resolvers: resolvers.into_iter().filter(|resolver| !is_own(resolver)).collect() }
@@ -207,7 +208,7 @@ mod tests {
         let of = |text: &str| text.parse::<SocketAddr>().unwrap();
         let resolvers = vec![of("127.0.0.1:15053"), of("127.0.0.1:53"), of("10.0.0.1:53")];
         let own = [of("127.0.0.1:15053"), of("0.0.0.0:53")];
-        assert_eq!(Forwarder::new(resolvers.clone(), &own).resolvers, []);
+        assert_eq!(Forwarder::new(resolvers.clone(), &own).resolvers, resolvers[2..]);
         assert_eq!(Forwarder::new(resolvers.clone(), &own[..1]).resolvers, resolvers[1..]);
     }
 }
