@@ -220,11 +220,12 @@ impl Service {
         line.proof = "token";
         line.token = Some(name_of(text));
         let from = caller.address.ip();
-        if self.guesses.too_many(from) {
-            return Err(Refusal::new(Reason::TooManyGuesses, "this address tried too many wrong tokens"));
-        }
         match self.tokens.check(text, now) {
+            // A good token always passes: whoever shares an address with a guesser must not be locked out.
             Ok(Ok(token)) => Ok(token.identity),
+            Ok(Err(_)) if self.guesses.too_many(from) => {
+                Err(Refusal::new(Reason::TooManyGuesses, "this address sent too many wrong tokens"))
+            }
             Ok(Err(invalid)) => {
                 self.guesses.note(from);
                 Err(Refusal::new(Reason::BadToken, format!("the token is {invalid}")))
@@ -262,6 +263,10 @@ impl Service {
     fn note_refused(&self, refusal: &Refusal, mut line: Line, now: SystemTime) {
         let label = refusal.reason.label();
         self.metrics.refused.get_or_create(&[("reason", label)]).inc();
+        if let Reason::TooManyGuesses = refusal.reason {
+            // Counted only: a guesser shall not fill the audit.
+            return;
+        }
         line.event = "refused";
         line.reason = Some(label);
         line.detail = Some(refusal.detail.clone());
@@ -336,7 +341,8 @@ impl Drop for Watcher {
     }
 }
 
-/// Wrong tokens by address: 256 bits are not guessed, but whoever tries shall not fill the audit either.
+/// Wrong tokens by address. 256 bits are not guessed; whoever tries is told to wait, and is then counted instead
+/// of written down.
 #[derive(Default)]
 pub struct Guesses(Mutex<HashMap<IpAddr, (Instant, u32)>>);
 

@@ -17,5 +17,5 @@ pub(crate) mod tests;
 pub use authority::{Anchor, connect_authority};
 pub use bundle::Bundle;
 pub use credentials::Credentials;
-pub use handshake::{Alpn, accept, connect, refused_by_peer};
+pub use handshake::{Alpn, accept, connect, first_bytes, refused_by_peer};
 pub use verify::VerifiedPeer;

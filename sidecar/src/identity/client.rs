@@ -3,14 +3,15 @@
 //! Each call has a connection of its own, whose far side has proven itself before a byte of ours is sent:
 //! renewal shows the certificate, the first request a token, the stream nothing. The caller sets time limits.
 
-use std::{error::Error, future::ready, io, path::Path, time::Duration};
+use std::{path::Path, time::Duration};
 
 use anyhow::anyhow;
-use hyper_util::rt::TokioIo;
+use hyper::{Request, Response, Uri, body::Incoming, client::conn::http2};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rcgen::{CertificateParams, KeyPair};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
-use tonic::{Code, Status, Streaming, transport::Endpoint};
-use tower::service_fn;
+use tonic::{Code, Status, Streaming, body::Body};
+use tower::{service_fn, util::BoxService};
 use weft_proto::{
     ca::{self, IssueRequest, WatchBundleRequest, certificate_authority_client::CertificateAuthorityClient},
     spiffe::TrustDomain,
@@ -19,7 +20,7 @@ use weft_proto::{
 use crate::{
     config::{Authority, Pin},
     net,
-    tls::{Anchor, Bundle, Credentials, connect_authority, refused_by_peer},
+    tls::{Anchor, Bundle, Credentials, connect_authority, first_bytes, refused_by_peer},
 };
 
 /// How an identity is proven to the authority.
@@ -47,7 +48,7 @@ pub(super) struct NotGiven {
     pub(super) detail: String,
 }
 
-type Client = CertificateAuthorityClient<tonic::transport::Channel>;
+type Client = CertificateAuthorityClient<BoxService<Request<Body>, Response<Incoming>, hyper::Error>>;
 
 /// A chain and a few roots.
 const MAX_MESSAGE: usize = 256 * 1024;
@@ -94,6 +95,8 @@ pub(super) async fn obtain(
 pub(super) struct BundleStream {
     stream: Streaming<ca::Bundle>,
     trust_domain: TrustDomain,
+    /// The connection lives as long as its client.
+    _client: Client,
 }
 
 impl BundleStream {
@@ -102,7 +105,7 @@ impl BundleStream {
         let (mut client, trust_domain) = connect(authority, Some(current), None).await?;
         let answer = client.watch_bundle(WatchBundleRequest {}).await;
         let stream = answer.map_err(|status| not_given(authority, &status))?.into_inner();
-        Ok(BundleStream { stream, trust_domain })
+        Ok(BundleStream { stream, trust_domain, _client: client })
     }
 
     /// Waits for the next bundle; none where the stream has ended.
@@ -138,27 +141,38 @@ async fn connect(
             }
         };
         match connect_authority(stream, anchors.clone(), shown).await {
-            Ok((stream, trust_domain)) => return Ok((client(stream).await?, trust_domain)),
+            Ok((mut stream, trust_domain)) => match first_bytes(&mut stream).await {
+                Ok(()) => return Ok((speak(stream).await?, trust_domain)),
+                Err(error) if refused_by_peer(&error) => {
+                    let detail = format!("the authority {name} refuses our certificate: {error}");
+                    return Err(NotGiven { proof_refused: true, detail });
+                }
+                Err(error) => last = format!("the authority {name} ended the connection: {error}"),
+            },
             Err(failed) => last = format!("the authority {name} has not proven itself: {}", failed.detail),
         }
     }
     Err(other(last))
 }
 
-/// gRPC over this one connection; it is not made again.
-async fn client(stream: net::Stream) -> Result<Client, NotGiven> {
-    let mut once = Some(TokioIo::new(stream));
-    let connector = service_fn(move |_| {
-        ready(once.take().ok_or_else(|| io::Error::new(io::ErrorKind::NotConnected, "the connection ended")))
-    });
-    let channel = Endpoint::from_static("http://weft-ca")
-        .http2_keep_alive_interval(KEEPALIVE)
+/// gRPC over this one connection.
+async fn speak(stream: net::Stream) -> Result<Client, NotGiven> {
+    let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .keep_alive_interval(KEEPALIVE)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .keep_alive_while_idle(true)
-        .connect_with_connector(connector)
+        .handshake(TokioIo::new(stream))
         .await
         .map_err(other)?;
-    Ok(Client::new(channel).max_decoding_message_size(MAX_MESSAGE))
+    // It ends when the client is dropped.
+    tokio::spawn(connection);
+    let send = service_fn(move |request| {
+        let mut sender = sender.clone();
+        async move { sender.send_request(request).await }
+    });
+    let client = Client::with_origin(BoxService::new(send), Uri::from_static("http://weft-ca"));
+    Ok(client.max_decoding_message_size(MAX_MESSAGE))
 }
 
 fn pinned(pin: &Pin) -> anyhow::Result<Anchor> {
@@ -186,9 +200,8 @@ fn read_bundle(bundle: ca::Bundle, trust_domain: &TrustDomain) -> Result<Bundle,
 }
 
 fn not_given(authority: &Authority, status: &Status) -> NotGiven {
-    let by_status = matches!(status.code(), Code::Unauthenticated | Code::PermissionDenied);
     NotGiven {
-        proof_refused: by_status || refused_in_handshake(status),
+        proof_refused: matches!(status.code(), Code::Unauthenticated | Code::PermissionDenied),
         detail: format!(
             "the authority {} answers {:?}: {}",
             authority.address,
@@ -196,21 +209,6 @@ fn not_given(authority: &Authority, status: &Status) -> NotGiven {
             status.message().chars().take(300).collect::<String>()
         ),
     }
-}
-
-/// A certificate that the authority does not take ends the connection with an alert, which surfaces here.
-fn refused_in_handshake(status: &Status) -> bool {
-    let mut cause = status.source();
-    while let Some(error) = cause {
-        let io = error
-            .downcast_ref::<io::Error>()
-            .or_else(|| error.downcast_ref::<h2::Error>().and_then(h2::Error::get_io));
-        if io.is_some_and(refused_by_peer) {
-            return true;
-        }
-        cause = error.source();
-    }
-    false
 }
 
 fn other(error: impl ToString) -> NotGiven {

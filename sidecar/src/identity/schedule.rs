@@ -9,8 +9,10 @@ use std::time::Duration;
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 /// No pause is shorter than this with a certificate in hand, whatever its life.
 const SHORTEST_CAP: Duration = Duration::from_millis(500);
-/// No pause is longer.
+/// No pause is longer with a certificate in hand.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// No pause is longer without one: a workload without identity carries no traffic.
+const LONGEST_WITHOUT: Duration = Duration::from_secs(15);
 /// Pauses are at most this part of the life that is left.
 const PART_OF_LIFE: u32 = 10;
 /// For one attempt.
@@ -27,7 +29,7 @@ pub(super) fn until_renewal(remaining: Duration, random: &mut fastrand::Rng) -> 
 pub(super) fn pause(failures: u32, remaining: Option<Duration>, random: &mut fastrand::Rng) -> Duration {
     let cap = match remaining {
         Some(remaining) => (remaining / PART_OF_LIFE).clamp(SHORTEST_CAP, LONGEST_PAUSE),
-        None => LONGEST_PAUSE,
+        None => LONGEST_WITHOUT,
     };
     let doubled = FIRST_PAUSE.saturating_mul(1 << failures.saturating_sub(1).min(16));
     doubled.min(cap).mul_f64(0.5 + 0.5 * random.f64())
@@ -60,7 +62,7 @@ mod tests {
             // failures, remaining, least, most
             (1, None, 100, 200),
             (3, None, 400, 800),
-            (50, None, 30_000, 60_000),
+            (50, None, 7_500, 15_000),
             (1, Some(DAY), 100, 200),
             (50, Some(DAY), 30_000, 60_000),
             (50, Some(Duration::from_secs(10)), 500, 1000),

@@ -7,8 +7,10 @@
 
 use std::{io, sync::Arc};
 
+use bytes::Bytes;
 use rustls::{AlertDescription, CertificateError, OtherError};
 use rustls_pki_types::{CertificateDer, ServerName};
+use tokio::io::AsyncReadExt;
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 use weft_proto::{certificate::Leaf, names, spiffe::SpiffeId};
 
@@ -122,8 +124,28 @@ pub async fn connect(
     Ok((TlsStream::from(tls).into(), peer))
 }
 
+/// Waits for the first bytes of a server that speaks first, as HTTP/2 does with its SETTINGS (RFC 9113 section
+/// 3.4), and puts them back. Until then a client of TLS 1.3 does not know that its certificate was accepted; and
+/// who writes before may get a reset instead of the alert that says why.
+///
+/// # Errors
+/// What the read says; ask [`refused_by_peer`].
+pub async fn first_bytes(stream: &mut Stream) -> io::Result<()> {
+    let mut buffer = [0; FIRST_BYTES];
+    let count = stream.read(&mut buffer).await?;
+    if count == 0 {
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed the connection"));
+    }
+    stream.unread(Bytes::copy_from_slice(&buffer[..count]));
+    Ok(())
+}
+
+/// A SETTINGS frame and a WINDOW_UPDATE; more is read later.
+const FIRST_BYTES: usize = 128;
+
 /// Does this error of a read or write mean that the far side ended the handshake because it refuses our
-/// certificate or protocol? Then nothing was processed.
+/// certificate or protocol? Then nothing was processed. It must be the stream's own error: h2 and hyper pass on
+/// only its text.
 pub fn refused_by_peer(error: &io::Error) -> bool {
     use AlertDescription as Alert;
     let alert = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());

@@ -527,6 +527,18 @@ async fn the_authority_proves_itself_before_a_token_is_sent() {
 }
 
 #[tokio::test]
+async fn first_bytes_are_waited_for_and_put_back() {
+    let (mut near, mut far) = sockets().await;
+    far.write_all(b"settings").await.unwrap();
+    first_bytes(&mut near).await.unwrap();
+    let mut buffer = [0; 8];
+    near.read_exact(&mut buffer).await.unwrap();
+    assert_eq!(&buffer, b"settings");
+    drop(far);
+    assert_eq!(first_bytes(&mut near).await.unwrap_err().kind(), ErrorKind::UnexpectedEof);
+}
+
+#[tokio::test]
 async fn an_ordinary_error_is_not_taken_for_a_refusal() {
     assert!(!refused_by_peer(&ErrorKind::ConnectionReset.into()));
     let alert = rustls::Error::AlertReceived(rustls::AlertDescription::CloseNotify);
