@@ -121,6 +121,11 @@ impl Netns {
         &self.name
     }
 
+    /// The processes in it.
+    pub fn processes(&self) -> Vec<Pid> {
+        processes(&self.name)
+    }
+
     /// A program in this namespace, as root; add its arguments.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("ip");
@@ -229,13 +234,15 @@ impl Pod {
     }
 }
 
+fn processes(name: &str) -> Vec<Pid> {
+    let Ok(listed) = Command::new("ip").args(["netns", "pids", name]).output() else { return Vec::new() };
+    let numbers = String::from_utf8_lossy(&listed.stdout);
+    numbers.lines().filter_map(|line| line.trim().parse().ok().map(Pid::from_raw)).collect()
+}
+
 fn delete(name: &str) {
-    let listed = Command::new("ip").args(["netns", "pids", name]).output();
-    for process in listed.iter().flat_map(|output| output.stdout.split(|byte| *byte == b'\n')) {
-        let number = std::str::from_utf8(process).ok().and_then(|text| text.trim().parse().ok());
-        if let Some(number) = number {
-            let _ = kill(Pid::from_raw(number), Signal::SIGKILL);
-        }
+    for process in processes(name) {
+        let _ = kill(process, Signal::SIGKILL);
     }
     let _ = Command::new("ip").args(["netns", "delete", name]).stderr(Stdio::null()).status();
 }

@@ -84,7 +84,8 @@ pub struct Listeners {
     pub upstreams: Vec<(SocketAddr, TcpListener)>,
 }
 
-/// A command in namespaces of its own, and the helper that serves it.
+/// A command in namespaces of its own, and the helper that serves it. Usable from any thread and runtime.
+/// Dropping it asks a command that still runs to end, and kills it after two seconds.
 #[derive(Debug)]
 pub struct Namespace {
     shared: Arc<Shared>,
@@ -387,6 +388,12 @@ mod tests {
         let text = explain(Step::Unshare, "EPERM: Operation not permitted");
         assert!(text.contains("may not make a user") && text.contains("seccomp"), "{text}");
         assert!(!explain(Step::Listeners, "EPERM").contains("seccomp"));
+    }
+
+    #[test]
+    fn it_is_shared_between_workers() {
+        fn shared<T: Send + Sync>() {}
+        shared::<Namespace>();
     }
 
     #[test]

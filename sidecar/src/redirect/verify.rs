@@ -257,13 +257,15 @@ fn loopback(family: Family) -> IpAddr {
 }
 
 fn port_not_free(subject: String, port: u16, error: &io::Error) -> Finding {
-    if error.kind() == io::ErrorKind::AddrInUse {
-        Finding::unknown(
+    match error.kind() {
+        io::ErrorKind::AddrInUse => Finding::unknown(
             subject,
             format!("only the rules were looked at: port {port} is in use, probably by the sidecar"),
-        )
-    } else {
-        Finding::wrong(subject, format!("the sidecar could not listen on port {port} of loopback: {error}"))
+        ),
+        io::ErrorKind::AddrNotAvailable => {
+            Finding::unknown(subject, "there is no loopback address of this family, so nothing uses it here")
+        }
+        _ => Finding::wrong(subject, format!("the sidecar could not listen on port {port}: {error}")),
     }
 }
 

@@ -136,7 +136,11 @@ fn the_command_has_no_power_over_its_network() {
              \"nsenter --user -t $PPID true\" 'ip link add eth9 type dummy'; do \
              if $try; then echo \"WORKED: $try\"; else echo \"failed: $try\"; fi; done 2>/dev/null; \
              unshare -r iptables -t nat -F && echo WORKED: unshare; \
-             cat /proc/$PPID/environ /proc/$PPID/maps && echo WORKED: reading; \
+             sidecar=$(awk '/^PPid/ {print $2}' /proc/$PPID/status); echo sidecar $(cat /proc/$sidecar/comm); \
+             for secret in $PPID/environ $PPID/maps $sidecar/environ $sidecar/mem; do \
+             head -c 1 /proc/$secret >/dev/null && echo WORKED: reading; done; \
+             nsenter --net -t $sidecar true && echo WORKED: nsenter; \
+             setpriv --reuid 33 --regid 33 --clear-groups id -u; \
              $peer dial 192.0.2.7:80; echo done",
         );
         outside.wait_for_line("done");
@@ -148,7 +152,9 @@ fn the_command_has_no_power_over_its_network() {
             "{log}"
         );
         assert!(log.lines().any(|line| line == uid.to_string()), "the command keeps its user:\n{log}");
-        assert!(log.contains("15001 192.0.2.7:80"), "{log}");
+        assert!(log.contains("15001 192.0.2.7:80") && log.contains("sidecar redirect-peer"), "{log}");
+        // only root may map other users
+        assert_eq!(log.lines().any(|line| line == "33"), uid == 0, "{log}");
     }
 }
 

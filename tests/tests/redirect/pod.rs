@@ -2,7 +2,7 @@
 
 use std::{fs, net::SocketAddr, os::unix::fs::PermissionsExt, process::Command};
 
-use weft_tests::{Need, Network, Pod, Process, can_run, output_of, program};
+use weft_tests::{Need, Network, Pod, Process, can_run, output_of, program, until};
 
 const PEER: &str = env!("CARGO_BIN_EXE_redirect-peer");
 const APP: u32 = 1000;
@@ -218,6 +218,39 @@ fn verify_proves_or_tells() {
 }
 
 #[test]
+fn a_pod_without_ipv6_needs_no_settings() {
+    if !can_run(&NEEDS) {
+        return;
+    }
+    let network = Network::new();
+    let pod = network.pod("app");
+    pod.shell("sysctl -w net.ipv6.conf.all.disable_ipv6=1");
+    worked(redirect(&pod, "apply"));
+    let text = worked(redirect(&pod, "verify"));
+    assert!(text.contains("ok      IPv4 DNS") && text.contains("unknown IPv6 DNS"), "{text}");
+}
+
+#[test]
+fn two_capabilities_are_enough() {
+    if !can_run(&NEEDS) {
+        return;
+    }
+    for backend in ["nft", "legacy"] {
+        let network = Network::new();
+        let pod = network.pod("app");
+        let capable = |verb| {
+            let mut command = pod.command("setpriv");
+            command.args(["--bounding-set=-all,+net_admin,+net_raw", "--no-new-privs", "--"]);
+            worked(run(command.arg(program("weft-sidecar")).args(["redirect", verb, "--backend", backend])))
+        };
+        capable("apply");
+        assert!(capable("verify").contains("ok      IPv4 connections"));
+        capable("clean");
+        assert_eq!(saved(&pod, backend), "");
+    }
+}
+
+#[test]
 fn mistakes_and_missing_rights_have_a_way_out() {
     if !can_run(&NEEDS) {
         return;
@@ -402,6 +435,7 @@ fn everything_is_gone_after_a_test() {
     let pod = network.pod("app");
     let name = pod.netns().name().to_owned();
     let mut process = pod.start("sleep", &["1000"]);
+    until("the program is inside", || pod.netns().processes().contains(&process.id()));
     drop(pod);
     assert!(!process.wait().success());
     let mut list = Command::new("ip");
