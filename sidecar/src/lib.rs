@@ -7,10 +7,10 @@ pub mod app;
 pub mod redirect;
 /// Probes and metrics on the pod address; everything else on a Unix socket.
 pub mod admin;
-/// The story of a connection and a request that reaches the app.
-pub mod inbound;
 /// The story of a connection and a request that the app makes.
 pub mod outbound;
+/// The story of a connection and a request that reaches the app.
+pub mod inbound;
 /// Accept loops: caps, drain, panic containment.
 pub mod serve;
 /// Endpoint sets, load, choice, ejection.

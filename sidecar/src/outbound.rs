@@ -8,7 +8,7 @@ mod request;
 mod tunnel;
 mod upstream;
 
-pub use upstream::{Known, Policies, Upstream, Upstreams};
+pub use upstream::{Known, Upstream, Upstreams};
 
 use std::{collections::HashMap, io, net::SocketAddr, sync::Arc, time::Duration};
 

@@ -19,12 +19,12 @@ use crate::{
     admin::{Readiness, listen_private},
     config::Config,
     connect::Dialer,
-    discovery::{Directory, VirtualAddresses},
+    discovery::{Directory, VirtualAddresses, policies::Policies},
     identity,
     inbound::{Delivery, Meaning},
     model::{Policy, Timeouts},
     net,
-    outbound::{Policies, Upstreams},
+    outbound::Upstreams,
     redirect::Listeners as InsideListeners,
     telemetry::{
         AccessLog, AccessLogTarget, LogFormat, Metrics, SpanExport, Telemetry, TraceSettings, init_log,
@@ -108,6 +108,14 @@ impl Parts {
             policies: policies_sender,
         };
         Ok(Parts { shared, sockets, command, senders, span_export, drains, drainings })
+    }
+}
+
+/// What stands for a service, or a key of its policy, where nobody wrote one.
+pub(super) fn default_policy(config: &Config) -> Policy {
+    Policy {
+        timeouts: Timeouts { connect: config.connect_timeout, ..Timeouts::default() },
+        ..Policy::default()
     }
 }
 

@@ -14,9 +14,14 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use super::{Drains, Parts, Senders, Shared, build::Sockets, views, worker};
+use super::{
+    Drains, Parts, Senders, Shared,
+    build::{Sockets, default_policy},
+    views, worker,
+};
 use crate::{
     admin::{Public, serve_private, serve_public},
+    config::document::Mistake,
     discovery::{
         self, dns,
         publish::{Published, Workload, publish},
@@ -107,32 +112,47 @@ fn start_control(shared: &Arc<Shared>, senders: Senders, span_export: Option<Spa
         }
         None => {
             shared.conditions.identity.set(true);
-            // Kept alive, so that whoever watches goes on waiting.
-            tokio::spawn(async move {
-                let _senders = (senders.credentials, senders.identity_status);
-                std::future::pending::<()>().await;
-            });
+            tokio::spawn(keep((senders.credentials, senders.identity_status)));
         }
     }
-    let (mistakes, _) = watch::channel(Vec::new());
-    if let Some(folder) = config.stores.services.clone() {
-        tokio::spawn(discovery::file::run(discovery::file::Settings { folder }, senders.directory, mistakes));
-    } else {
-        shared.conditions.discovery.set(true);
-        tokio::spawn(async move {
-            let _sender = senders.directory;
-            std::future::pending::<()>().await;
-        });
+    let (service_mistakes, told) = watch::channel(Vec::new());
+    tokio::spawn(follow_mistakes(shared.clone(), told));
+    match config.stores.services.clone() {
+        Some(folder) => {
+            let settings = discovery::file::Settings { folder };
+            tokio::spawn(discovery::file::run(settings, senders.directory, service_mistakes));
+        }
+        None => {
+            shared.conditions.discovery.set(true);
+            tokio::spawn(keep(senders.directory));
+        }
     }
-    if config.stores.policies.is_none() {
-        tokio::spawn(async move {
-            let _sender = senders.policies;
-            std::future::pending::<()>().await;
-        });
+    let (policy_mistakes, told) = watch::channel(Vec::new());
+    tokio::spawn(follow_mistakes(shared.clone(), told));
+    match config.stores.policies.clone() {
+        Some(folder) => {
+            let settings = discovery::policies::Settings { folder, defaults: default_policy(config) };
+            tokio::spawn(discovery::policies::run(settings, senders.policies, policy_mistakes));
+        }
+        None => drop(tokio::spawn(keep(senders.policies))),
     }
     tokio::spawn(shared.upstreams.clone().follow());
     tokio::spawn(follow_identity(shared.clone()));
     tokio::spawn(follow_directory(shared.clone()));
+}
+
+/// Keeps a sender alive, so that whoever watches goes on waiting.
+async fn keep<Sender>(sender: Sender) {
+    std::future::pending::<()>().await;
+    drop(sender);
+}
+
+/// Counts looks at a store: `ok`, or `refused` while a document in it has mistakes.
+async fn follow_mistakes(shared: Arc<Shared>, mut mistakes: watch::Receiver<Vec<Mistake>>) {
+    while mistakes.changed().await.is_ok() {
+        let result = if mistakes.borrow_and_update().is_empty() { "ok" } else { "refused" };
+        shared.telemetry.metrics().config_reloaded(result);
+    }
 }
 
 /// Readiness and metrics of our identity.

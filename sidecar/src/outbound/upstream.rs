@@ -13,14 +13,11 @@ use tokio::{sync::watch, time::Instant};
 use crate::{
     balance::{Balancer, Picked},
     connect::Security,
-    discovery::Directory,
+    discovery::{Directory, policies::Policies},
     model::{Failed, Failure, Policy, Protocol, Result, Service, ServiceName},
     policy::budget::Bucket,
     telemetry::{Direction, ServiceMetrics, Telemetry},
 };
-
-/// Policies by service.
-pub type Policies = HashMap<ServiceName, Arc<Policy>>;
 
 /// One service that the app calls.
 pub struct Upstream {
