@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    io,
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -17,14 +18,17 @@ use hyper::{
     client::conn::{http1, http2},
 };
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::{sync::watch, time::Instant};
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout},
+};
 use weft_proto::spiffe::SpiffeId;
 
 use super::{Connector, Secured, SendFailed, trust_ended};
 use crate::{
     http::Body,
     model::{Failed, Failure, HttpVersion, Result},
-    tls::Alpn,
+    tls::{self, Alpn},
 };
 
 /// What must be the same for a connection to be used again.
@@ -193,7 +197,13 @@ impl Pool {
 
     async fn open_http2(self: &Arc<Self>, key: &Key, limit: Duration) -> Result<Arc<Http2>> {
         let secured = self.connector.connect(key.address, &key.security, Alpn::Http2, limit).await?;
-        let Secured { stream, peer } = secured;
+        let Secured { mut stream, peer } = secured;
+        if peer.is_some() {
+            // TLS 1.3: its verdict on our certificate comes with its first bytes. Heard before anything is sent,
+            // a refusal is known for what it is.
+            let heard = timeout(limit, tls::first_bytes(&mut stream)).await;
+            heard.map_err(|_| silent(key.address))?.map_err(|error| refused(key.address, &error))?;
+        }
         let (sender, driver) = http2_builder()
             .handshake(TokioIo::new(stream))
             .await
@@ -279,6 +289,15 @@ impl Pool {
 pub async fn one_off(connector: &Connector, key: &Key, limit: Duration) -> Result<Lease> {
     let connection = open_http1(connector, key, limit).await?;
     Ok(Lease { connection: Connection::Http1(connection, None), reused: false })
+}
+
+fn silent(address: SocketAddr) -> Failed {
+    Failed::new(Failure::ConnectTimeout, format!("{address}: silent after the TLS handshake"))
+}
+
+fn refused(address: SocketAddr, error: &io::Error) -> Failed {
+    let why = if tls::refused_by_peer(error) { "it refuses our certificate: " } else { "" };
+    Failed::new(Failure::Handshake, format!("{address}: {why}{error}"))
 }
 
 async fn open_http1(connector: &Connector, key: &Key, limit: Duration) -> Result<Http1> {
