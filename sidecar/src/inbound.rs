@@ -24,12 +24,12 @@ use crate::{
     connect::{Connector, Pool, Security, trust_ended},
     detect::{self, FirstToSpeak, Heard, Hello, ReadAhead},
     drain::Draining,
-    http::{self, HttpLimits},
+    http::{self, HttpLimits, Upgrade},
     model::{Failed, Failure, HttpVersion, MutualTls, Protocol, Result},
     net::{self, Stream},
     policy::authorization::{Permit, authorize},
     telemetry::{self, Direction, ServiceMetrics, Telemetry},
-    tls::{self, Alpn, Credentials},
+    tls::{self, Alpn, Credentials, VerifiedPeer},
 };
 
 /// A silent client may wait for the server to speak first; after this long the app is asked.
@@ -85,7 +85,7 @@ impl Inbound {
         let app = self.delivery.address_of_app(meant)?;
         record.endpoint(app);
         record.service(&self.metrics);
-        let arrival = Arrival { caller: Caller::Plaintext, client, meant, app };
+        let arrival = Arrival { caller: Caller::Plaintext, client, meant, app, upgrade: Upgrade::default() };
         let mut stream = Stream::from(tcp);
         let silence = match self.delivery.mutual_tls(meant.port()) {
             MutualTls::Strict => STRICT_SILENCE,
@@ -160,11 +160,15 @@ impl Inbound {
                         () = trust => {}
                     }
                 };
-                self.serve(stream, version, arrival, stop).await
+                let credentials = self.credentials.clone();
+                tokio::select! {
+                    ended = self.serve(stream, version, arrival, record, stop) => ended,
+                    () = cut_after(&peer, credentials, self.drain_timeout) => Err(trust_is_over(&peer)),
+                }
             }
             None => tokio::select! {
                 ended = self.forward(stream, Protocol::Opaque, arrival, record) => ended,
-                () = trust => Err(Failed::new(Failure::UntrustedPeer, format!("the trust in {} ended", peer.id()))),
+                () = trust => Err(trust_is_over(&peer)),
             },
         }
     }
@@ -203,7 +207,9 @@ impl Inbound {
     ) -> Result<()> {
         record.opened(security(&arrival.caller, protocol), protocol);
         match protocol.http() {
-            Some(version) => self.serve(stream, version, arrival, async { draining.started().await }).await,
+            Some(version) => {
+                self.serve(stream, version, arrival, record, async { draining.started().await }).await
+            }
             None => self.forward(stream, protocol, arrival, record).await,
         }
     }
@@ -213,6 +219,7 @@ impl Inbound {
         stream: Stream,
         version: HttpVersion,
         arrival: Arrival,
+        record: &mut telemetry::Connection,
         stop: impl Future<Output = ()>,
     ) -> Result<()> {
         let arrival = Arc::new(arrival);
@@ -220,7 +227,10 @@ impl Inbound {
             let (story, arrival) = (self.clone(), arrival.clone());
             async move { story.answer(request, &arrival, version).await }
         };
-        http::serve(stream, version, &self.limits, stop, self.drain_timeout, answer).await
+        http::serve(stream, version, &self.limits, stop, self.drain_timeout, answer).await?;
+        let (copied, ended) = arrival.upgrade.splice().await;
+        record.bytes(copied.forth, copied.back);
+        ended.map_err(|error| Failed::new(Failure::Reset, error.to_string()))
     }
 
     /// Bytes to the app and back.
@@ -284,6 +294,20 @@ fn security(caller: &Caller, protocol: Protocol) -> telemetry::Security {
         (Caller::Plaintext, _) => telemetry::Security::Plaintext,
         (Caller::Peer(_) | Caller::Own(_), _) => telemetry::Security::MutualTls,
     }
+}
+
+/// Resolves when a connection has had its time to finish after the trust in its peer ended.
+async fn cut_after(
+    peer: &VerifiedPeer,
+    credentials: watch::Receiver<Option<Arc<Credentials>>>,
+    drain_timeout: Duration,
+) {
+    trust_ended(peer, credentials, Duration::ZERO).await;
+    tokio::time::sleep(drain_timeout).await;
+}
+
+fn trust_is_over(peer: &VerifiedPeer) -> Failed {
+    Failed::new(Failure::UntrustedPeer, format!("the trust in {} ended", peer.id()))
 }
 
 fn names_the_mesh(ahead: &ReadAhead) -> bool {

@@ -24,7 +24,7 @@ use crate::{
     detect::{self, FirstToSpeak, Heard},
     discovery::{Destination, Directory, VirtualAddresses},
     drain::Draining,
-    http::{self, HttpLimits},
+    http::{self, HttpLimits, Upgrade},
     inbound::Inbound,
     model::{Endpoint, Failed, Failure, HttpVersion, Protocol, Result, ServiceName},
     net::{self, Stream},
@@ -223,7 +223,7 @@ impl Outbound {
     ) -> Result<()> {
         record.opened(security(&target), protocol);
         match protocol.http() {
-            Some(version) => self.serve(stream, version, target, draining).await,
+            Some(version) => self.serve(stream, version, target, draining, record).await,
             None => self.open_tunnel(&target, record).await?.copy(stream, record).await,
         }
     }
@@ -234,14 +234,19 @@ impl Outbound {
         version: HttpVersion,
         target: Target,
         mut draining: Draining,
+        record: &mut telemetry::Connection,
     ) -> Result<()> {
+        let upgrade = Upgrade::default();
         let client = stream.tcp().peer_addr().map_err(|error| client_broke(&error))?;
         let answer = |request: Request<Incoming>| {
-            let (story, target) = (self.clone(), target.clone());
-            async move { Ok(story.answer(request, &target, client, version).await) }
+            let (story, target, upgrade) = (self.clone(), target.clone(), upgrade.clone());
+            async move { Ok(story.answer(request, &target, client, version, &upgrade).await) }
         };
         let stop = async { draining.started().await };
-        http::serve(stream, version, &self.limits, stop, self.drain_timeout, answer).await
+        http::serve(stream, version, &self.limits, stop, self.drain_timeout, answer).await?;
+        let (copied, ended) = upgrade.splice().await;
+        record.bytes(copied.forth, copied.back);
+        ended.map_err(|error| Failed::new(Failure::Reset, error.to_string()))
     }
 
     /// Tells an HTTP client why its connection leads nowhere; resets any other.
@@ -281,3 +286,6 @@ fn security(target: &Target) -> telemetry::Security {
 fn client_broke(error: &io::Error) -> Failed {
     Failed::new(Failure::ClientGone, error.to_string())
 }
+
+#[cfg(test)]
+mod tests;

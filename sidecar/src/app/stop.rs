@@ -317,7 +317,7 @@ async fn drain(
         let code = match command {
             Some(command) => stop_command(command).await,
             None => {
-                app_gone(shared, &outbound, deadline).await;
+                app_gone(shared, deadline).await;
                 0
             }
         };
@@ -352,24 +352,21 @@ async fn stop_command(command: &Namespace) -> u8 {
     }
 }
 
-/// Waits until the app on this host is gone: its ports refuse connections and it has no call under way.
-async fn app_gone(shared: &Shared, outbound: &crate::drain::Drain, deadline: Instant) {
-    let idle_connections = shared.config.limits.workers * LISTENER_HOLDERS;
+/// Waits until the app on this host is gone: its ports refuse connections and it has no connection open.
+async fn app_gone(shared: &Shared, deadline: Instant) {
+    let open = || shared.config.limits.connections - shared.places.outbound_connections.available_permits();
     while Instant::now() < deadline {
         let mut listens = false;
         for port in &shared.config.app.ports {
             let address = std::net::SocketAddr::from(([127, 0, 0, 1], *port));
             listens |= tokio::net::TcpStream::connect(address).await.is_ok();
         }
-        if !listens && outbound.held() <= idle_connections {
+        if !listens && open() == 0 {
             return;
         }
         sleep(APP_GONE_POLL).await;
     }
 }
-
-/// Accept loops of a worker that hold the outbound group without being a connection, at most.
-const LISTENER_HOLDERS: usize = 8;
 
 fn exit_code(status: std::process::ExitStatus) -> u8 {
     use std::os::unix::process::ExitStatusExt;

@@ -1,7 +1,10 @@
 //! Connections that stop being HTTP: `Upgrade` (RFC 9110 7.8) and CONNECT (RFC 9110 9.3.6). After the head of
 //! the answer both sides are plain bytes, copied both ways.
 
-use std::io;
+use std::{
+    io,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use hyper::{
     HeaderMap, Method, Request, StatusCode, Version,
@@ -40,11 +43,26 @@ pub fn ask_for_upgrade(headers: &mut HeaderMap, wanted: Option<HeaderValue>) {
     }
 }
 
-/// Waits until both connections have left HTTP, and copies between them until both directions have ended.
-pub async fn splice(client: OnUpgrade, server: OnUpgrade) -> (Copied, io::Result<()>) {
-    match tokio::try_join!(stream_below(client), stream_below(server)) {
-        Ok((client, server)) => copy_both_ways(client, server).await,
-        Err(error) => (Copied::default(), Err(error)),
+/// The place where a request leaves what its connection becomes after HTTP. One per connection: the task that
+/// served it goes on with the bytes, under the same drain, record and trust.
+#[derive(Debug, Clone, Default)]
+pub struct Upgrade(Arc<Mutex<Option<(OnUpgrade, OnUpgrade)>>>);
+
+impl Upgrade {
+    /// Both sides agreed to leave HTTP.
+    pub fn agreed(&self, client: OnUpgrade, server: OnUpgrade) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((client, server));
+    }
+
+    /// Copies between both sides until both directions have ended; nothing to do where nobody left HTTP. To be
+    /// called when the connection has been served.
+    pub async fn splice(&self) -> (Copied, io::Result<()>) {
+        let agreed = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some((client, server)) = agreed else { return (Copied::default(), Ok(())) };
+        match tokio::try_join!(stream_below(client), stream_below(server)) {
+            Ok((client, server)) => copy_both_ways(client, server).await,
+            Err(error) => (Copied::default(), Err(error)),
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc};
 
 use weft_proto::spiffe::SpiffeId;
 
-use crate::tls::VerifiedPeer;
+use crate::{http::Upgrade, tls::VerifiedPeer};
 
 /// One connection to the app.
 #[derive(Debug, Clone)]
@@ -17,6 +17,8 @@ pub struct Arrival {
     pub meant: SocketAddr,
     /// Where the app is reached for it.
     pub app: SocketAddr,
+    /// What the connection becomes when it leaves HTTP.
+    pub upgrade: Upgrade,
 }
 
 /// Who makes the calls of a connection.

@@ -86,7 +86,8 @@ impl Inbound {
         let key = Key { address: arrival.app, security: Security::Plain, version };
         record.inject(&record.trace().clone(), request.headers_mut());
         if http::wants_upgrade(&request) {
-            let (response, in_use, left_http) = Box::pin(self.upgrade(request, &key, permit)).await?;
+            let (response, in_use, left_http) =
+                Box::pin(self.upgrade(request, &key, arrival, permit)).await?;
             return Ok(Answered { response, in_use, place, deadline: None, left_http });
         }
         headers::remove_per_hop(request.headers_mut());
@@ -133,6 +134,7 @@ impl Inbound {
         &self,
         mut request: Request<Body>,
         key: &Key,
+        arrival: &Arrival,
         _permit: Permit,
     ) -> Result<(Response<Incoming>, InUse, bool)> {
         let method = request.method().clone();
@@ -146,10 +148,7 @@ impl Inbound {
         let left_http = http::left_http(&method, response.status());
         if left_http {
             let server = hyper::upgrade::on(&mut response);
-            tokio::spawn(async move {
-                let (copied, ended) = http::splice(client, server).await;
-                tracing::debug!(?copied, ?ended, "an upgraded connection ended");
-            });
+            arrival.upgrade.agreed(client, server);
         }
         Ok((response, in_use, left_http))
     }

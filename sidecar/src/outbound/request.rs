@@ -19,7 +19,7 @@ use super::{Known, Outbound, Target, Upstream};
 use crate::{
     balance::Picked,
     connect::{self, InUse, Key, Security, SendFailed},
-    http::{self, Body, BodyEnd, Replay, ask_for_upgrade, headers, left_http},
+    http::{self, Body, BodyEnd, Replay, Upgrade, ask_for_upgrade, headers, left_http},
     inbound::{Arrival, Caller},
     model::{Failed, Failure, HttpVersion, Protocol, Result},
     policy::{
@@ -67,6 +67,7 @@ impl Outbound {
         target: &Target,
         client: SocketAddr,
         spoken: HttpVersion,
+        upgrade: &Upgrade,
     ) -> Response<Body> {
         let is_grpc = headers::is_grpc(request.headers());
         let (upstream, only) = match target {
@@ -80,7 +81,7 @@ impl Outbound {
             HttpVersion::Http2 => Protocol::Http2,
         };
         let mut record = self.telemetry.begin(&upstream.metrics, protocol, client, &request);
-        match self.request(request, spoken, upstream, only, &mut record).await {
+        match self.request(request, spoken, upstream, only, upgrade, &mut record).await {
             Ok((answered, place)) => observed(answered, record, place),
             Err(failed) => {
                 let failure = failed.failure;
@@ -96,6 +97,7 @@ impl Outbound {
         spoken: HttpVersion,
         upstream: &Arc<Upstream>,
         only: Option<SocketAddr>,
+        upgrade: &Upgrade,
         record: &mut Record,
     ) -> Result<(Answered, OwnedSemaphorePermit)> {
         let authority = headers::authority(&request)?;
@@ -104,7 +106,7 @@ impl Outbound {
         let place = self.requests.clone().try_acquire_owned().map_err(overloaded)?;
         let known = upstream.known();
         if http::wants_upgrade(&request) {
-            let answered = Box::pin(self.upgrade(request, upstream, &known, only, record)).await?;
+            let answered = Box::pin(self.upgrade(request, upstream, &known, only, upgrade, record)).await?;
             return Ok((answered, place));
         }
         let grpc_timeout = headers::text(request.headers(), GRPC_TIMEOUT);
@@ -224,7 +226,13 @@ impl Outbound {
     pub(super) fn own_arrival(&self, endpoint: SocketAddr) -> Option<Arrival> {
         let app = self.inbound.delivery.address_of_app(endpoint).ok()?;
         let id = self.inbound.credentials.borrow().as_ref()?.id().clone();
-        Some(Arrival { caller: Caller::Own(id), client: endpoint, meant: endpoint, app })
+        Some(Arrival {
+            caller: Caller::Own(id),
+            client: endpoint,
+            meant: endpoint,
+            app,
+            upgrade: Upgrade::default(),
+        })
     }
 
     /// An HTTP/1 connection of its own, which stops being HTTP where the server agrees.
@@ -234,6 +242,7 @@ impl Outbound {
         upstream: &Arc<Upstream>,
         known: &Known,
         only: Option<SocketAddr>,
+        upgrade: &Upgrade,
         record: &mut Record,
     ) -> Result<Answered> {
         let client = hyper::upgrade::on(&mut request);
@@ -272,11 +281,7 @@ impl Outbound {
         record.peer(in_use.peer());
         if left_http(&method, response.status()) {
             let server = hyper::upgrade::on(&mut response);
-            tokio::spawn(async move {
-                let (copied, ended) = http::splice(client, server).await;
-                tracing::debug!(?copied, ?ended, "an upgraded connection ended");
-                drop(picked);
-            });
+            upgrade.agreed(client, server);
             let response = response.map(Body::from);
             return Ok(Answered {
                 response,
