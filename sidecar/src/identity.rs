@@ -11,6 +11,7 @@ mod schedule;
 
 use std::time::SystemTime;
 
+pub use client::prove;
 pub use renewal::run;
 
 /// How the renewal stands, for the admin room.

@@ -27,7 +27,10 @@ fn main() -> ExitCode {
     match matches.subcommand() {
         Some(("run", flags)) => run(flags, Place::Host),
         Some(("exec", flags)) => run(flags, Place::Namespace(words(flags))),
-        Some(("check", flags)) => with_config(flags, |config| app::check(&config)),
+        Some(("check", flags)) => {
+            let as_json = flags.get_one::<String>("output").is_some_and(|format| format == "json");
+            with_config(flags, |config| app::check(&config, as_json))
+        }
         Some(("redirect", flags)) => redirect(flags),
         Some(("show", flags)) => show(flags),
         Some(("drain", flags)) => ask(flags, Method::POST, "/drain", None),

@@ -54,6 +54,8 @@ type Client = CertificateAuthorityClient<BoxService<Request<Body>, Response<Inco
 const MAX_MESSAGE: usize = 256 * 1024;
 /// A silent connection is probed after this long.
 const KEEPALIVE: Duration = Duration::from_secs(30);
+/// Longest wait for a proof that somebody is waiting for at a terminal.
+const PROOF_TIMEOUT: Duration = Duration::from_secs(5);
 /// For the answer to a probe.
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -116,6 +118,16 @@ impl BundleStream {
             Err(status) => Err(other(format!("the stream of the trust bundle broke: {}", status.message()))),
         }
     }
+}
+
+/// Dials the authority and has it prove itself, without showing anything of ours.
+///
+/// # Errors
+/// Why it is not reached or not believed.
+pub async fn prove(authority: &Authority) -> anyhow::Result<TrustDomain> {
+    let proven = tokio::time::timeout(PROOF_TIMEOUT, connect(authority, None, None)).await;
+    let proven = proven.map_err(|_| anyhow::anyhow!("the authority {} is silent", authority.address))?;
+    proven.map(|(_, trust_domain)| trust_domain).map_err(|refusal| anyhow::anyhow!(refusal.detail))
 }
 
 /// Dials the addresses of the authority in turn; the first that proves itself is taken.

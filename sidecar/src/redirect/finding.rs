@@ -28,15 +28,18 @@ pub struct Finding {
 }
 
 impl Finding {
-    pub(super) fn shown(subject: impl Into<String>, detail: impl Into<String>) -> Self {
+    /// It works: an experiment showed it.
+    pub fn shown(subject: impl Into<String>, detail: impl Into<String>) -> Self {
         Finding { outcome: Outcome::Shown, subject: subject.into(), detail: detail.into() }
     }
 
-    pub(super) fn unknown(subject: impl Into<String>, detail: impl Into<String>) -> Self {
+    /// It could not be tried, or only looked at.
+    pub fn unknown(subject: impl Into<String>, detail: impl Into<String>) -> Self {
         Finding { outcome: Outcome::Unknown, subject: subject.into(), detail: detail.into() }
     }
 
-    pub(super) fn wrong(subject: impl Into<String>, detail: impl Into<String>) -> Self {
+    /// It does not work; `detail` says what to change.
+    pub fn wrong(subject: impl Into<String>, detail: impl Into<String>) -> Self {
         Finding { outcome: Outcome::Wrong, subject: subject.into(), detail: detail.into() }
     }
 }
