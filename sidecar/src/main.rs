@@ -3,6 +3,7 @@
 
 use std::{
     ffi::OsString,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -10,12 +11,17 @@ use std::{
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches, Subcommand, value_parser};
 use hyper::Method;
 use serde_json::{Value, json};
+use weft_proto::names;
 use weft_sidecar::{
     app::{self, App, Place},
     config::{self, Config, Written},
     redirect::{self, RedirectCommand},
 };
 
+/// Probes and metrics stand on the pod address.
+const ADMIN_ON_HOST: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), names::ADMIN_PORT);
+/// Many commands may run on one host: each takes a free port, which its log names.
+const ADMIN_OF_EXEC: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 const FAILED: u8 = 1;
 const USAGE: u8 = 2;
 
@@ -25,11 +31,11 @@ fn main() -> ExitCode {
     }
     let matches = command().get_matches();
     match matches.subcommand() {
-        Some(("run", flags)) => run(flags, Place::Host),
-        Some(("exec", flags)) => run(flags, Place::Namespace(words(flags))),
+        Some(("run", flags)) => run(flags, ADMIN_ON_HOST, Place::Host),
+        Some(("exec", flags)) => run(flags, ADMIN_OF_EXEC, Place::Namespace(words(flags))),
         Some(("check", flags)) => {
             let as_json = flags.get_one::<String>("output").is_some_and(|format| format == "json");
-            with_config(flags, |config| app::check(&config, as_json))
+            with_config(flags, ADMIN_ON_HOST, |config| app::check(&config, as_json))
         }
         Some(("redirect", flags)) => redirect(flags),
         Some(("show", flags)) => show(flags),
@@ -122,10 +128,10 @@ fn words(flags: &ArgMatches) -> Vec<OsString> {
     flags.get_many::<OsString>("command").into_iter().flatten().cloned().collect()
 }
 
-fn with_config(flags: &ArgMatches, then: impl FnOnce(Config) -> ExitCode) -> ExitCode {
+fn with_config(flags: &ArgMatches, admin: SocketAddr, then: impl FnOnce(Config) -> ExitCode) -> ExitCode {
     let variables = std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
-    match Config::check(&Written::read(flags, variables)) {
+    match Config::check(&Written::read(flags, variables), admin) {
         Ok(config) => then(config),
         Err(invalid) => {
             eprint!("weft-sidecar: {invalid}");
@@ -134,8 +140,8 @@ fn with_config(flags: &ArgMatches, then: impl FnOnce(Config) -> ExitCode) -> Exi
     }
 }
 
-fn run(flags: &ArgMatches, place: Place) -> ExitCode {
-    with_config(flags, |config| match App::build(config, place) {
+fn run(flags: &ArgMatches, admin: SocketAddr, place: Place) -> ExitCode {
+    with_config(flags, admin, |config| match App::build(config, place) {
         Ok(app) => app.run(),
         Err(error) => {
             eprintln!("weft-sidecar: {error:#}");

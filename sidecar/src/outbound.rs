@@ -174,7 +174,10 @@ impl Outbound {
     ) -> Result<()> {
         let ahead = detect::read_ahead(&mut stream, SILENCE).await.map_err(|error| client_broke(&error))?;
         match ahead.heard {
-            Heard::Protocol(protocol) => self.spoken(stream, protocol, target, draining, record).await,
+            Heard::Protocol(protocol) => {
+                self.telemetry.metrics().detected(protocol);
+                self.spoken(stream, protocol, target, draining, record).await
+            }
             Heard::End if ahead.bytes.is_empty() => Ok(()),
             Heard::Silence if ahead.bytes.is_empty() => {
                 Box::pin(self.silent(stream, target, draining, record)).await

@@ -21,6 +21,7 @@ use super::{
 };
 use crate::{
     admin::{Public, serve_private, serve_public},
+    balance::Condition,
     config::document::Mistake,
     discovery::{
         self, dns,
@@ -137,9 +138,29 @@ fn start_control(shared: &Arc<Shared>, senders: Senders, span_export: Option<Spa
         None => drop(tokio::spawn(keep(senders.policies))),
     }
     tokio::spawn(shared.upstreams.clone().follow());
+    tokio::spawn(count_endpoints(shared.clone()));
     tokio::spawn(follow_identity(shared.clone()));
     tokio::spawn(follow_directory(shared.clone()));
 }
+
+/// How many endpoints stand how, by service.
+async fn count_endpoints(shared: Arc<Shared>) {
+    loop {
+        for upstream in shared.upstreams.all() {
+            let states = upstream.balancer.states(Instant::now());
+            for (condition, label) in CONDITIONS {
+                let count = states.iter().filter(|state| state.condition == condition).count();
+                shared.telemetry.metrics().endpoints(upstream.name().as_str(), label, count);
+            }
+        }
+        sleep(COUNT_ENDPOINTS).await;
+    }
+}
+
+/// How often endpoints are counted for the metrics.
+const COUNT_ENDPOINTS: Duration = Duration::from_secs(2);
+const CONDITIONS: [(Condition, &str); 3] =
+    [(Condition::Closed, "ready"), (Condition::Ejected, "ejected"), (Condition::HalfOpen, "probing")];
 
 /// Keeps a sender alive, so that whoever watches goes on waiting.
 async fn keep<Sender>(sender: Sender) {
@@ -193,6 +214,7 @@ fn start_dns(
         dns::Settings { udp, tcp, resolvers },
         shared.directory.clone(),
         shared.virtual_addresses.clone(),
+        shared.telemetry.metrics().clone(),
     );
     tokio::spawn(async move {
         if let Err(error) = running.await {

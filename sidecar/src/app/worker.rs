@@ -118,13 +118,13 @@ fn inbound(shared: &Arc<Shared>, delivery: Delivery) -> Arc<Inbound> {
     let service = shared.config.own.service.as_str();
     Arc::new(Inbound {
         delivery,
-        pool: Pool::new(connector.clone()),
+        pool: Pool::new(connector.clone(), shared.telemetry.metrics().clone()),
         connector,
         credentials: shared.credentials.clone(),
         limits: limits(shared),
         requests: shared.places.inbound_requests.clone(),
         drain_timeout: shared.config.drain.timeout,
-        metrics: shared.telemetry.metrics().service(Direction::Inbound, service, "default"),
+        metrics: shared.telemetry.metrics().service(Direction::Inbound, service, ""),
         telemetry: shared.telemetry.clone(),
     })
 }
@@ -139,7 +139,7 @@ fn outbound(shared: &Arc<Shared>, inbound: Arc<Inbound>) -> Arc<Outbound> {
         virtual_addresses: shared.virtual_addresses.clone(),
         explicit,
         upstreams: shared.upstreams.clone(),
-        pool: Pool::new(connector.clone()),
+        pool: Pool::new(connector.clone(), shared.telemetry.metrics().clone()),
         connector,
         inbound,
         mode: config.mode,

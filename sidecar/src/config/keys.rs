@@ -81,7 +81,12 @@ pub const KEYS: &[Key] = &[
     ),
     one("Ports", "inbound-port", "PORT", "Where peers' connections arrive [default: 15006]"),
     one("Ports", "dns-port", "PORT", "DNS of the app, loopback only [default: 15053]"),
-    one("Ports", "admin", "ADDRESS:PORT", "Probes and metrics [default: 0.0.0.0:15020]"),
+    one(
+        "Ports",
+        "admin",
+        "ADDRESS:PORT",
+        "Probes and metrics [default: 0.0.0.0:15020; of exec: a free port on loopback]",
+    ),
     one("Ports", "admin-socket", "FILE", "Unix socket for everything else of the admin interface"),
     one("Limits", "workers", "COUNT", "Threads that carry traffic [default: 1]"),
     one(

@@ -8,7 +8,7 @@ use crate::model::MutualTls;
 fn read(flags: &[&str], variables: &[(&str, &str)]) -> Result<Config, InvalidSettings> {
     let flags = Command::new("test").no_binary_name(true).args(arguments()).get_matches_from(flags);
     let variables = variables.iter().map(|(name, value)| (name.to_string(), value.to_string()));
-    Config::check(&Written::read(&flags, variables))
+    Config::check(&Written::read(&flags, variables), ([0, 0, 0, 0], 15020).into())
 }
 
 #[test]

@@ -196,12 +196,12 @@ fn as_text<S: serde::Serializer>(duration: &Duration, serializer: S) -> Result<S
 }
 
 impl Config {
-    /// Checks what was written.
+    /// Checks what was written. `admin` is where probes and metrics stand if nobody says.
     ///
     /// # Errors
     /// All mistakes at once, each with its place and what was expected.
-    pub fn check(written: &Written) -> Result<Config, InvalidSettings> {
-        let mut reader = Reader { written, mistakes: written.mistakes().to_vec() };
+    pub fn check(written: &Written, admin: SocketAddr) -> Result<Config, InvalidSettings> {
+        let mut reader = Reader { written, admin, mistakes: written.mistakes().to_vec() };
         let config = reader.config();
         match config {
             Some(config) if reader.mistakes.is_empty() => Ok(config),
@@ -218,6 +218,7 @@ impl Config {
 /// Reads entries and collects mistakes.
 struct Reader<'a> {
     written: &'a Written,
+    admin: SocketAddr,
     mistakes: Vec<String>,
 }
 
@@ -341,9 +342,7 @@ impl Reader<'_> {
             outbound: self.port("outbound-port", names::OUTBOUND_PORT),
             inbound: self.port("inbound-port", names::INBOUND_PORT),
             dns: self.port("dns-port", names::DNS_PORT),
-            admin: self
-                .parsed("admin", "ADDRESS:PORT")
-                .unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], names::ADMIN_PORT))),
+            admin: self.parsed("admin", "ADDRESS:PORT").unwrap_or(self.admin),
             admin_socket: self.text("admin-socket").map_or(default_socket, PathBuf::from),
         }
     }
@@ -370,7 +369,7 @@ impl Reader<'_> {
             ("admin", config.ports.admin.port()),
         ];
         let app = config.app.ports.iter().map(|port| ("port", *port));
-        for (name, number) in own.into_iter().chain(app) {
+        for (name, number) in own.into_iter().chain(app).filter(|(_, number)| *number != 0) {
             if let Some(other) = seen.insert(number, name) {
                 self.mistakes
                     .push(format!("--{name}: port {number} is taken by --{other}; expected another"));

@@ -27,7 +27,8 @@ use weft_proto::spiffe::SpiffeId;
 use super::{Connector, Secured, SendFailed, trust_ended};
 use crate::{
     http::Body,
-    model::{Failed, Failure, HttpVersion, Result},
+    model::{Failed, Failure, HttpVersion, Protocol, Result},
+    telemetry::{Metrics, OpenConnection},
     tls::{self, Alpn},
 };
 
@@ -70,6 +71,7 @@ const RETIRE_AHEAD: Duration = Duration::from_secs(1);
 /// The connections of one worker.
 pub struct Pool {
     connector: Connector,
+    metrics: Arc<Metrics>,
     shelves: Mutex<HashMap<Key, Shelf>>,
 }
 
@@ -124,8 +126,8 @@ pub struct InUse {
 
 impl Pool {
     /// An empty pool that dials with `connector`.
-    pub fn new(connector: Connector) -> Arc<Self> {
-        Arc::new(Pool { connector, shelves: Mutex::new(HashMap::new()) })
+    pub fn new(connector: Connector, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Pool { connector, metrics, shelves: Mutex::new(HashMap::new()) })
     }
 
     /// Lends a connection, dialling within `limit` where none is free.
@@ -217,7 +219,9 @@ impl Pool {
         });
         let weak = Arc::downgrade(&connection);
         let credentials = self.connector.credentials().clone();
+        let open = self.metrics.pool_connection(Protocol::Http2);
         tokio::spawn(async move {
+            let _open = open;
             let mut driver = std::pin::pin!(driver);
             if let Some(peer) = &peer {
                 tokio::select! {
@@ -241,7 +245,8 @@ impl Pool {
         if let Some(idle) = self.take_idle(key) {
             return Ok(Lease { connection: Connection::Http1(idle.connection, home), reused: true });
         }
-        let connection = open_http1(&self.connector, key, limit).await?;
+        let open = self.metrics.pool_connection(Protocol::Http1);
+        let connection = open_http1(&self.connector, key, limit, Some(open)).await?;
         Ok(Lease { connection: Connection::Http1(connection, home), reused: false })
     }
 
@@ -287,7 +292,7 @@ impl Pool {
 /// # Errors
 /// Those of [`Connector::connect`].
 pub async fn one_off(connector: &Connector, key: &Key, limit: Duration) -> Result<Lease> {
-    let connection = open_http1(connector, key, limit).await?;
+    let connection = open_http1(connector, key, limit, None).await?;
     Ok(Lease { connection: Connection::Http1(connection, None), reused: false })
 }
 
@@ -300,7 +305,12 @@ fn refused(address: SocketAddr, error: &io::Error) -> Failed {
     Failed::new(Failure::Handshake, format!("{address}: {why}{error}"))
 }
 
-async fn open_http1(connector: &Connector, key: &Key, limit: Duration) -> Result<Http1> {
+async fn open_http1(
+    connector: &Connector,
+    key: &Key,
+    limit: Duration,
+    open: Option<OpenConnection>,
+) -> Result<Http1> {
     let Secured { stream, peer } = connector.connect(key.address, &key.security, Alpn::Http1, limit).await?;
     let (sender, driver) = http1::Builder::new()
         .title_case_headers(true)
@@ -312,6 +322,7 @@ async fn open_http1(connector: &Connector, key: &Key, limit: Duration) -> Result
         Http1 { sender, peer: peer.as_ref().map(|peer| peer.id().clone()), retired: retired.clone() };
     let credentials = connector.credentials().clone();
     tokio::spawn(async move {
+        let _open = open;
         let mut driver = std::pin::pin!(driver.with_upgrades());
         if let Some(peer) = &peer {
             tokio::select! {

@@ -21,6 +21,7 @@ use self::{
     forward::{Forwarder, Transport},
 };
 use super::{Directory, VirtualAddresses};
+use crate::telemetry::Metrics;
 
 pub use self::resolv_conf::resolvers;
 
@@ -54,6 +55,7 @@ struct Responder {
     forwarder: Forwarder,
     forwarded: Arc<Semaphore>,
     connections: Arc<Semaphore>,
+    metrics: Arc<Metrics>,
 }
 
 /// Answers until it is dropped.
@@ -64,6 +66,7 @@ pub async fn run(
     settings: Settings,
     directory: watch::Receiver<Arc<Directory>>,
     virtuals: Arc<VirtualAddresses>,
+    metrics: Arc<Metrics>,
 ) -> io::Result<()> {
     let mut own = Vec::new();
     let mut tasks = JoinSet::new();
@@ -84,6 +87,7 @@ pub async fn run(
         forwarder: Forwarder::new(settings.resolvers, &own),
         forwarded: Arc::new(Semaphore::new(MAX_FORWARDED)),
         connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+        metrics,
     });
     for socket in udp {
         tasks.spawn(serve_udp(Arc::clone(&responder), socket));
@@ -186,14 +190,23 @@ async fn converse(responder: &Responder, mut stream: TcpStream) -> io::Result<()
 impl Responder {
     fn decide(&self, question: &[u8]) -> Decision {
         let directory = Arc::clone(&self.directory.borrow());
-        decide(question, &directory, |name| self.virtuals.address_of(name, SystemTime::now()))
+        let decision = decide(question, &directory, |name| self.virtuals.address_of(name, SystemTime::now()));
+        self.metrics.dns_query(match &decision {
+            Decision::Answer(_) => "answered",
+            Decision::Forward => "forwarded",
+            Decision::Silence => "ignored",
+        });
+        decision
     }
 
     /// The resolvers' answer, or ours that none of them gave one.
     async fn forward(&self, question: &[u8], transport: Transport) -> Vec<u8> {
         match self.forwarder.ask(question, transport).await {
             Some(answer) => answer,
-            None => failed(question),
+            None => {
+                self.metrics.dns_query("failed");
+                failed(question)
+            }
         }
     }
 }

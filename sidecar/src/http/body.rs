@@ -13,6 +13,7 @@ use hyper::{body::Incoming, header::HeaderMap};
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::replay::ReplayBody;
+use crate::telemetry::ByteCount;
 
 /// What a body reports when its source fails. A server that gets it cuts the connection or resets the stream,
 /// so that a broken body is never taken for a whole one.
@@ -24,6 +25,7 @@ pub struct Body {
     bytes: u64,
     grpc_status: Option<u16>,
     deadline: Option<Pin<Box<Sleep>>>,
+    counter: Option<ByteCount>,
     observer: Option<Observer>,
 }
 
@@ -87,8 +89,16 @@ impl Body {
         self
     }
 
+    /// Counts what is read of it, wherever that happens; nothing to do for a body that is empty.
+    pub fn counted(mut self, counter: impl FnOnce() -> ByteCount) -> Self {
+        if !self.source.is_end() {
+            self.counter = Some(counter());
+        }
+        self
+    }
+
     fn of(source: Source) -> Self {
-        Body { source, bytes: 0, grpc_status: None, deadline: None, observer: None }
+        Body { source, bytes: 0, grpc_status: None, deadline: None, counter: None, observer: None }
     }
 
     fn ended(&mut self, how: BodyEnd) {
@@ -148,6 +158,9 @@ impl http_body::Body for Body {
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {
                     self.bytes += data.len() as u64;
+                    if let Some(counter) = &self.counter {
+                        counter.add(data.len() as u64);
+                    }
                 } else if let Some(trailers) = frame.trailers_ref() {
                     self.grpc_status = grpc_status(trailers);
                 }

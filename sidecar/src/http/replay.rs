@@ -12,6 +12,7 @@ use http_body::{Body as _, Frame, SizeHint};
 use hyper::{HeaderMap, body::Incoming};
 
 use super::body::{Body, BodyError};
+use crate::telemetry::ByteCount;
 
 /// The source of a request's body, for one attempt after the other.
 #[derive(Clone)]
@@ -22,6 +23,8 @@ pub struct Replay {
 
 struct Shared {
     incoming: Incoming,
+    /// What was read of the client's body, each byte once.
+    counter: ByteCount,
     kept: Vec<Bytes>,
     kept_bytes: usize,
     trailers: Option<HeaderMap>,
@@ -36,13 +39,14 @@ struct Shared {
 }
 
 impl Replay {
-    /// Keeps up to `limit` bytes of `incoming` for further attempts.
-    pub fn new(incoming: Incoming, limit: usize) -> Self {
+    /// Keeps up to `limit` bytes of `incoming` for further attempts; `counter` is asked for where there is a body.
+    pub fn new(incoming: Incoming, limit: usize, counter: impl FnOnce() -> ByteCount) -> Self {
         if incoming.is_end_stream() {
             return Replay { shared: None };
         }
         let shared = Shared {
             incoming,
+            counter: counter(),
             kept: Vec::new(),
             kept_bytes: 0,
             trailers: None,
@@ -138,6 +142,7 @@ impl Shared {
     /// Keeps a copy of a new frame for later attempts while the bound allows.
     fn keep(&mut self, frame: &Frame<Bytes>) {
         if let Some(data) = frame.data_ref() {
+            self.counter.add(data.len() as u64);
             self.kept_bytes = self.kept_bytes.saturating_add(data.len());
             if self.kept_bytes > self.limit {
                 self.overflowed = true;

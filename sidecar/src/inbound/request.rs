@@ -58,6 +58,7 @@ impl Inbound {
         let protocol = if request.version() == Version::HTTP_2 { Protocol::Http2 } else { Protocol::Http1 };
         let mut record = self.telemetry.begin(&self.metrics, protocol, arrival.client, &request);
         record.peer(arrival.caller.identity());
+        let request = request.map(|body| body.counted(|| record.count_request_bytes()));
         match self.deliver(request, arrival, &mut record).await {
             Ok(answered) => Ok(observed(answered, record)),
             Err(failed) => {

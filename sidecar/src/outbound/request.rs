@@ -123,7 +123,7 @@ impl Outbound {
                 .insert(HeaderName::from_static(names::HEADER_PROTOCOL), protocol_name(spoken));
         }
         let (head, body) = request.into_parts();
-        let body = Replay::new(body, known.policy.retries.body_bytes);
+        let body = Replay::new(body, known.policy.retries.body_bytes, || record.count_request_bytes());
         let call = Call { upstream, known: &known, only, head, body, version, deadline };
         Ok((self.attempts(&call, record).await?, place))
     }

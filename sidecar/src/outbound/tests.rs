@@ -41,13 +41,13 @@ fn stories() -> (Arc<Inbound>, Arc<Outbound>) {
     };
     let inbound = Arc::new(Inbound {
         delivery,
-        pool: Pool::new(connector.clone()),
+        pool: Pool::new(connector.clone(), telemetry.metrics().clone()),
         connector: connector.clone(),
         credentials,
         limits: HttpLimits::default(),
         requests: Arc::new(Semaphore::new(1)),
         drain_timeout: Duration::from_secs(1),
-        metrics: telemetry.metrics().service(Direction::Inbound, "test", "default"),
+        metrics: telemetry.metrics().service(Direction::Inbound, "test", ""),
         telemetry: telemetry.clone(),
     });
     let directory = watch::channel(Arc::new(Directory::default())).1;
@@ -57,7 +57,7 @@ fn stories() -> (Arc<Inbound>, Arc<Outbound>) {
         virtual_addresses: Arc::new(VirtualAddresses::in_memory()),
         explicit: HashMap::new(),
         upstreams: Upstreams::new(directory, policies, Policy::default(), telemetry.clone()),
-        pool: Pool::new(connector.clone()),
+        pool: Pool::new(connector.clone(), telemetry.metrics().clone()),
         connector,
         inbound: inbound.clone(),
         mode: Mode::AllowAny,

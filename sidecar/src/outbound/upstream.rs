@@ -128,7 +128,7 @@ impl Upstreams {
             name: service.name.clone(),
             balancer,
             budget: Mutex::new(Bucket::new(&policy.retries.budget, Instant::now())),
-            metrics: self.telemetry.metrics().service(Direction::Outbound, service.name.as_str(), "default"),
+            metrics: self.telemetry.metrics().service(Direction::Outbound, service.name.as_str(), ""),
             known: ArcSwap::from_pointee(Known::new(service.clone(), policy)),
         });
         by_name.insert(service.name.clone(), upstream.clone());

@@ -222,9 +222,11 @@ impl Metrics {
         self.ejections.with(&[service]).inc();
     }
 
-    /// Open connections in the pools; the caller counts up and down.
-    pub fn pool_connections(&self, protocol: Protocol) -> Gauge {
-        self.pool_connections.with(&[protocol.label()])
+    /// A connection to an endpoint or the app was opened. It counts as open until this is dropped.
+    pub fn pool_connection(&self, protocol: Protocol) -> OpenConnection {
+        let active = self.pool_connections.with(&[protocol.label()]);
+        active.inc();
+        OpenConnection { active }
     }
 
     /// Detection found out what a client speaks.

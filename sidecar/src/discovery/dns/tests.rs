@@ -112,7 +112,7 @@ async fn responder(resolvers: Vec<SocketAddr>) -> (SocketAddr, SocketAddr, Ipv4A
     let (sender, receiver) = watch::channel(directory);
     tokio::spawn(async move {
         let _still_published = sender;
-        run(settings, receiver, virtuals).await
+        run(settings, receiver, virtuals, Arc::new(Metrics::new())).await
     });
     (places.0, places.1, expected)
 }

@@ -29,7 +29,7 @@ fn busy() -> Metrics {
     metrics.connection_failed(Direction::Inbound, Failure::Handshake);
     metrics.endpoints("orders", "ready", 3);
     metrics.ejected("orders");
-    metrics.pool_connections(Protocol::Http2).inc();
+    let _pooled = metrics.pool_connection(Protocol::Http2);
     metrics.detected(Protocol::Tls);
     metrics.plaintext_caller("::ffff:10.0.0.7".parse().unwrap());
     metrics.dns_query("virtual");
