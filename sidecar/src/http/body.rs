@@ -153,7 +153,12 @@ impl http_body::Body for Body {
         {
             polled = Poll::Ready(Some(Err("the deadline of the request is over".into())));
         }
-        let polled = ready!(polled);
+        let mut polled = ready!(polled);
+        if let Some(Ok(frame)) = &mut polled
+            && let Some(trailers) = frame.trailers_mut()
+        {
+            super::headers::clean_trailers(trailers);
+        }
         match &polled {
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {

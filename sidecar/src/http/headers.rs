@@ -19,9 +19,60 @@ const PER_HOP: [HeaderName; 5] = [
     header::UPGRADE,
 ];
 
-/// What a request says of the host it is for, read once. A request that two parsers could read differently is
-/// refused: more than one Host, a Host that is no authority, user information, or a Host that contradicts
-/// `:authority`.
+/// Refuses a request that two parsers could read differently, and gives the host it is for.
+///
+/// # Errors
+/// [`Failure::BadRequest`]; [`Failure::HeadersTooLarge`] for more fields than `most_fields`.
+pub fn check<B>(request: &Request<B>, most_fields: usize) -> Result<Option<Authority>> {
+    if request.headers().len() > most_fields {
+        return Err(Failed::new(Failure::HeadersTooLarge, format!("more than {most_fields} header fields")));
+    }
+    body_length(request)?;
+    target(request)?;
+    authority(request)
+}
+
+/// Where the body ends must be said once and plainly: one length in digits, or `chunked` alone. (hyper has
+/// removed a Content-Length beside a Transfer-Encoding by now, and closes such a connection after the answer.)
+fn body_length<B>(request: &Request<B>) -> Result<()> {
+    let bad = |what: &str| Err(Failed::new(Failure::BadRequest, what));
+    let mut codings = request.headers().get_all(header::TRANSFER_ENCODING).iter();
+    let mut lengths = request.headers().get_all(header::CONTENT_LENGTH).iter();
+    let (coding, length) = (codings.next(), lengths.next());
+    if codings.next().is_some() || lengths.next().is_some() {
+        return bad("more than one Transfer-Encoding or Content-Length");
+    }
+    if coding.is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"chunked")) {
+        return bad("a Transfer-Encoding other than chunked");
+    }
+    let is_number = |length: &HeaderValue| {
+        !length.is_empty() && length.len() <= 19 && length.as_bytes().iter().all(u8::is_ascii_digit)
+    };
+    if length.is_some_and(|length| !is_number(length)) {
+        return bad("a Content-Length that is no number");
+    }
+    if request.method() == Method::CONNECT && (coding.is_some() || length.is_some()) {
+        return bad("CONNECT with a body");
+    }
+    Ok(())
+}
+
+/// Only the forms of RFC 9112 3.2: a path, an absolute URI, `*` for OPTIONS, host and port for CONNECT.
+fn target<B>(request: &Request<B>) -> Result<()> {
+    let uri = request.uri();
+    let is_connect = request.method() == Method::CONNECT;
+    let fits = match (uri.scheme().is_some(), uri.authority().is_some(), uri.path()) {
+        (false, true, "") => is_connect,
+        (_, _, "*") => request.method() == Method::OPTIONS,
+        // An absolute URI may do without a path.
+        (true, true, "") => !is_connect,
+        (_, _, path) => !is_connect && path.starts_with('/'),
+    };
+    if fits { Ok(()) } else { Err(Failed::new(Failure::BadRequest, "a request target of no known form")) }
+}
+
+/// What a request says of the host it is for, read once. Refused: more than one Host, a Host that is no
+/// authority, user information, a port that is no number, or a Host that contradicts `:authority`.
 ///
 /// # Errors
 /// [`Failure::BadRequest`].
@@ -38,13 +89,13 @@ pub fn authority<B>(request: &Request<B>) -> Result<Option<Authority>> {
     let host = match host.map(HeaderValue::as_bytes) {
         None | Some(b"") => None,
         Some(bytes) => match Authority::try_from(bytes) {
-            Ok(authority) if !bytes.contains(&b'@') => Some(authority),
+            Ok(authority) if is_plain(&authority) => Some(authority),
             _ => return bad("the Host header is not a host with an optional port"),
         },
     };
     match (request.uri().authority(), host) {
-        (Some(target), _) if target.as_str().contains('@') => {
-            bad("the request target carries user information")
+        (Some(target), _) if !is_plain(target) => {
+            bad("the request target carries user information or a port that is no number")
         }
         // RFC 9113 8.3.1.
         (Some(target), Some(host)) if request.version() == Version::HTTP_2 && *target != host => {
@@ -54,6 +105,17 @@ pub fn authority<B>(request: &Request<B>) -> Result<Option<Authority>> {
         (Some(target), _) => Ok(Some(target.clone())),
         (None, host) => Ok(host),
     }
+}
+
+/// A host with at most a port that is a number, and no user information.
+fn is_plain(authority: &Authority) -> bool {
+    let rest = authority.as_str().strip_prefix(authority.host());
+    let port = rest.map(|rest| rest.strip_prefix(':').unwrap_or(rest));
+    !authority.as_str().contains('@')
+        && !authority.host().is_empty()
+        && port.is_some_and(|port| {
+            port.is_empty() || port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<u16>().is_ok()
+        })
 }
 
 /// Removes what belongs to the connection the message came on. `TE: trailers` stays: it is a statement of the
@@ -82,11 +144,21 @@ fn remove_named_by_connection(headers: &mut HeaderMap) {
         .map(<[u8]>::trim_ascii)
         .filter(|token| !token.eq_ignore_ascii_case(b"keep-alive") && !token.eq_ignore_ascii_case(b"close"))
         .filter_map(|token| HeaderName::from_bytes(token).ok())
-        .filter(|name| *name != header::TE)
+        .filter(|name| ![header::TE, header::HOST, header::CONTENT_LENGTH].contains(name))
         .collect();
     for name in named {
         headers.remove(name);
     }
+}
+
+/// Removes from trailers what would change how the message is read or whom it is from (RFC 9110 6.5.1), and
+/// what only the mesh may set.
+pub fn clean_trailers(trailers: &mut HeaderMap) {
+    remove_per_hop(trailers);
+    for name in [header::CONTENT_LENGTH, header::HOST, header::TE, header::TRAILER, header::AUTHORIZATION] {
+        trailers.remove(name);
+    }
+    remove_ours(trailers);
 }
 
 /// Removes every header that only the mesh may set. An app or a stranger that sets one is not believed.
@@ -98,12 +170,12 @@ pub fn remove_ours(headers: &mut HeaderMap) {
     }
 }
 
-/// Gives a request the form of the next hop. `authority` is what [`authority`] read; `fallback` stands where
-/// the client named none (HTTP/1.0).
+/// Gives a request the form of the next hop. `authority` is what [`check`] read; `fallback` stands where the
+/// client named none (HTTP/1.0). Goes after [`remove_per_hop`].
 ///
 /// # Errors
 /// [`Failure::BadRequest`] where the target has no form on that hop.
-pub fn frame_for<B>(
+pub fn frame_for<B: http_body::Body>(
     request: &mut Request<B>,
     version: HttpVersion,
     authority: Option<Authority>,
@@ -113,23 +185,52 @@ pub fn frame_for<B>(
         return Err(Failed::new(Failure::BadRequest, "CONNECT within HTTP/2 is not carried; use HTTP/1"));
     }
     let path = request.uri().path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
-    let authority = authority.unwrap_or_else(fallback);
     match version {
         HttpVersion::Http2 => {
-            *request.uri_mut() = uri(Some(Scheme::HTTP), Some(authority), path)?;
+            *request.uri_mut() = uri(Some(Scheme::HTTP), Some(authority.unwrap_or_else(fallback)), path)?;
             request.headers_mut().remove(header::HOST);
             *request.version_mut() = Version::HTTP_2;
         }
         HttpVersion::Http1 => {
-            if let Entry::Vacant(host) = request.headers_mut().entry(header::HOST) {
-                host.insert(host_value(&authority)?);
-            }
+            set_host(request.headers_mut(), authority, fallback)?;
             *request.uri_mut() = uri(None, None, path)?;
             *request.version_mut() = Version::HTTP_11;
+            say_that_a_body_comes(request);
             join_cookies(request.headers_mut());
         }
     }
     Ok(())
+}
+
+/// The host that was read is the one that is said: an absolute target wins over Host (RFC 9112 3.2.2).
+pub(super) fn set_host(
+    headers: &mut HeaderMap,
+    authority: Option<Authority>,
+    fallback: impl FnOnce() -> Authority,
+) -> Result<()> {
+    match (authority, headers.entry(header::HOST)) {
+        (Some(authority), host) => {
+            let value = host_value(&authority)?;
+            match host {
+                Entry::Occupied(mut host) => drop(host.insert(value)),
+                Entry::Vacant(host) => drop(host.insert(value)),
+            }
+        }
+        (None, Entry::Vacant(host)) => drop(host.insert(host_value(&fallback())?)),
+        (None, Entry::Occupied(_)) => {}
+    }
+    Ok(())
+}
+
+/// hyper takes a GET or HEAD that says nothing of a body for one without, and would drop what the client sent.
+fn say_that_a_body_comes<B: http_body::Body>(request: &mut Request<B>) {
+    let says_nothing = !request.headers().contains_key(header::CONTENT_LENGTH);
+    if says_nothing
+        && matches!(*request.method(), Method::GET | Method::HEAD)
+        && !request.body().is_end_stream()
+    {
+        request.headers_mut().insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+    }
 }
 
 /// HTTP/2 may split `Cookie` into several fields; HTTP/1 wants one (RFC 9113 8.2.3).

@@ -9,11 +9,16 @@ use std::{
 use hyper::{
     HeaderMap, Method, Request, StatusCode, Version,
     header::{CONNECTION, HeaderValue, UPGRADE},
+    http::uri::Authority,
     upgrade::{OnUpgrade, Upgraded},
 };
 use hyper_util::rt::TokioIo;
 
-use crate::net::{Copied, Stream, copy_both_ways};
+use super::headers;
+use crate::{
+    model::{HttpVersion, Result},
+    net::{Copied, Stream, copy_both_ways},
+};
 
 /// Does the client ask to leave HTTP on this HTTP/1 connection?
 pub fn wants_upgrade<B>(request: &Request<B>) -> bool {
@@ -22,7 +27,7 @@ pub fn wants_upgrade<B>(request: &Request<B>) -> bool {
 }
 
 fn names_upgrade(headers: &HeaderMap) -> bool {
-    headers.contains_key(UPGRADE)
+    headers.get(UPGRADE).is_some_and(|wanted| !names_http(wanted.as_bytes()))
         && headers
             .get_all(CONNECTION)
             .iter()
@@ -30,17 +35,40 @@ fn names_upgrade(headers: &HeaderMap) -> bool {
             .any(|token| token.trim_ascii().eq_ignore_ascii_case(b"upgrade"))
 }
 
+/// `h2c` does not leave HTTP: as an upgrade it would carry requests past everybody who reads them. It is not
+/// offered to the server, as RFC 9110 7.8 allows; HTTP/2 with prior knowledge needs no upgrade.
+fn names_http(wanted: &[u8]) -> bool {
+    let mut names = wanted.split(|byte| *byte == b',').map(<[u8]>::trim_ascii);
+    names.any(|name| name.eq_ignore_ascii_case(b"h2c") || name.to_ascii_lowercase().starts_with(b"http"))
+}
+
 /// Did the server agree to leave HTTP?
 pub fn left_http(method: &Method, status: StatusCode) -> bool {
     status == StatusCode::SWITCHING_PROTOCOLS || method == Method::CONNECT && status.is_success()
 }
 
-/// Puts back the two headers that ask for an upgrade, for this hop.
-pub fn ask_for_upgrade(headers: &mut HeaderMap, wanted: Option<HeaderValue>) {
-    if let Some(wanted) = wanted {
-        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
-        headers.insert(UPGRADE, wanted);
+/// Gives a request that asks to leave HTTP the form of the next hop, as [`headers::frame_for`] does for others.
+/// `authority` is what [`headers::check`] read. CONNECT keeps its target, and Host says the same.
+///
+/// # Errors
+/// `bad_request` where the target has no form on that hop.
+pub fn frame_for_upgrade<B: http_body::Body>(
+    request: &mut Request<B>,
+    authority: Option<Authority>,
+    fallback: impl FnOnce() -> Authority,
+) -> Result<()> {
+    let wanted = request.headers().get(UPGRADE).cloned();
+    headers::remove_per_hop(request.headers_mut());
+    if request.method() == Method::CONNECT {
+        headers::set_host(request.headers_mut(), authority, fallback)?;
+    } else {
+        headers::frame_for(request, HttpVersion::Http1, authority, fallback)?;
     }
+    if let Some(wanted) = wanted {
+        request.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        request.headers_mut().insert(UPGRADE, wanted);
+    }
+    Ok(())
 }
 
 /// The place where a request leaves what its connection becomes after HTTP. One per connection: the task that

@@ -1,11 +1,6 @@
 //! One request that reaches the app: what its caller may claim, whether it may pass, delivery, the answer.
 
-use hyper::{
-    Method, Request, Response, Version,
-    body::Incoming,
-    header::{HeaderMap, UPGRADE},
-    http::uri::Authority,
-};
+use hyper::{Method, Request, Response, Version, body::Incoming, header::HeaderMap, http::uri::Authority};
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 use weft_proto::names;
 
@@ -20,6 +15,9 @@ use crate::{
 
 /// gRPC over HTTP/2, "Requests".
 const GRPC_TIMEOUT: &str = "grpc-timeout";
+
+/// The caller's sidecar adds headers of its own to what its app may send.
+const ADDED_FIELDS: usize = 16;
 
 /// An answer of the app, and what must be kept until its body has ended.
 struct Answered {
@@ -74,7 +72,8 @@ impl Inbound {
         arrival: &Arrival,
         record: &mut Record,
     ) -> Result<Answered> {
-        let authority = headers::authority(&request)?;
+        let added = if arrival.caller.is_sidecar() { ADDED_FIELDS } else { 0 };
+        let authority = headers::check(&request, self.limits.header_fields + added)?;
         let claims = Claims::take(request.headers_mut(), arrival.caller.is_sidecar());
         let permit = self.permit(arrival)?;
         let overloaded = |_| Failed::new(Failure::Overloaded, "the bound of requests at a time is reached");
@@ -87,6 +86,7 @@ impl Inbound {
         let key = Key { address: arrival.app, security: Security::Plain, version };
         record.inject(&record.trace().clone(), request.headers_mut());
         if http::wants_upgrade(&request) {
+            http::frame_for_upgrade(&mut request, authority, || authority_of(arrival))?;
             let (response, in_use, left_http) =
                 Box::pin(self.upgrade(request, &key, arrival, permit)).await?;
             return Ok(Answered { response, in_use, place, deadline: None, left_http });
@@ -140,9 +140,6 @@ impl Inbound {
     ) -> Result<(Response<Incoming>, InUse, bool)> {
         let method = request.method().clone();
         let client = hyper::upgrade::on(&mut request);
-        let wanted = request.headers().get(UPGRADE).cloned();
-        headers::remove_per_hop(request.headers_mut());
-        http::ask_for_upgrade(request.headers_mut(), wanted);
         let key = Key { version: HttpVersion::Http1, ..key.clone() };
         let lease = connect::one_off(&self.connector, &key, APP_TIMEOUT).await.map_err(as_app)?;
         let (mut response, in_use) = lease.send(request).await.map_err(app_failed)?;

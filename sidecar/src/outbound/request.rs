@@ -6,7 +6,7 @@ use std::{net::SocketAddr, sync::Arc, time::SystemTime};
 use hyper::{
     Request, Response, Version,
     body::Incoming,
-    header::{HeaderName, HeaderValue, RETRY_AFTER, UPGRADE},
+    header::{HeaderName, HeaderValue, RETRY_AFTER},
     http::{request::Parts, uri::Authority},
 };
 use tokio::{
@@ -19,7 +19,7 @@ use super::{Known, Outbound, Target, Upstream};
 use crate::{
     balance::Picked,
     connect::{self, InUse, Key, Security, SendFailed},
-    http::{self, Body, BodyEnd, Replay, Upgrade, ask_for_upgrade, headers, left_http},
+    http::{self, Body, BodyEnd, Replay, Upgrade, headers, left_http},
     inbound::{Arrival, Caller},
     model::{Failed, Failure, HttpVersion, Protocol, Result},
     policy::{
@@ -100,12 +100,13 @@ impl Outbound {
         upgrade: &Upgrade,
         record: &mut Record,
     ) -> Result<(Answered, OwnedSemaphorePermit)> {
-        let authority = headers::authority(&request)?;
+        let authority = headers::check(&request, self.limits.header_fields)?;
         headers::remove_ours(request.headers_mut());
         let overloaded = |_| Failed::new(Failure::Overloaded, "the bound of requests at a time is reached");
         let place = self.requests.clone().try_acquire_owned().map_err(overloaded)?;
         let known = upstream.known();
         if http::wants_upgrade(&request) {
+            http::frame_for_upgrade(&mut request, authority, || authority_of(upstream))?;
             let answered = Box::pin(self.upgrade(request, upstream, &known, only, upgrade, record)).await?;
             return Ok((answered, place));
         }
@@ -247,9 +248,6 @@ impl Outbound {
     ) -> Result<Answered> {
         let client = hyper::upgrade::on(&mut request);
         let method = request.method().clone();
-        let wanted = request.headers().get(UPGRADE).cloned();
-        headers::remove_per_hop(request.headers_mut());
-        ask_for_upgrade(request.headers_mut(), wanted);
         let mut tried = Vec::new();
         let (lease, mut picked, span) = loop {
             let mut picked = upstream.pick(only, &tried, Instant::now())?;

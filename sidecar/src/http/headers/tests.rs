@@ -1,25 +1,36 @@
 use hyper::{HeaderMap, Request, Version, http::uri::Authority};
 
-use super::{authority, frame_for, remove_ours, remove_per_hop};
-use crate::model::{Failure, HttpVersion};
+use super::{authority, check, clean_trailers, frame_for, remove_ours, remove_per_hop};
+use crate::{
+    http::Body,
+    model::{Failure, HttpVersion},
+};
 
-fn request(version: Version, uri: &str, headers: &[(&str, &str)]) -> Request<()> {
-    let mut builder = Request::builder().version(version).uri(uri);
+fn request(version: Version, uri: &str, headers: &[(&str, &str)]) -> Request<Body> {
+    asks("GET", version, uri, headers)
+}
+
+fn asks(method: &str, version: Version, uri: &str, headers: &[(&str, &str)]) -> Request<Body> {
+    let mut builder = Request::builder().method(method).version(version).uri(uri);
     for (name, value) in headers {
         builder = builder.header(*name, *value);
     }
-    builder.body(()).unwrap()
+    builder.body(Body::empty()).unwrap()
 }
 
 #[test]
 fn a_host_that_reads_two_ways_is_refused() {
     type Headers = &'static [(&'static str, &'static str)];
-    let cases: [(Version, &str, Headers); 7] = [
+    let cases: [(Version, &str, Headers); 11] = [
         (Version::HTTP_11, "/", &[]),
         (Version::HTTP_11, "/", &[("host", "a"), ("host", "a")]),
         (Version::HTTP_11, "/", &[("host", "a/b")]),
         (Version::HTTP_11, "/", &[("host", "user@a")]),
         (Version::HTTP_11, "/", &[("host", "a b")]),
+        (Version::HTTP_11, "/", &[("host", "a:b")]),
+        (Version::HTTP_11, "/", &[("host", "a:99999")]),
+        (Version::HTTP_11, "/", &[("host", ":80")]),
+        (Version::HTTP_11, "http://a:+1/", &[("host", "a")]),
         (Version::HTTP_11, "http://user@a/", &[("host", "a")]),
         (Version::HTTP_2, "http://a/", &[("host", "b")]),
     ];
@@ -99,4 +110,75 @@ fn an_old_client_without_a_host_and_options_star_keep_a_form() {
     let named = authority(&star).unwrap();
     frame_for(&mut star, HttpVersion::Http1, named, || Authority::from_static("x")).unwrap();
     assert_eq!(star.uri(), "*");
+}
+
+#[test]
+fn a_length_or_target_that_reads_two_ways_is_refused() {
+    type Headers = &'static [(&'static str, &'static str)];
+    let cases: [(&str, &str, Headers); 13] = [
+        ("POST", "/", &[("content-length", "5"), ("content-length", "5")]),
+        ("POST", "/", &[("content-length", "+5")]),
+        ("POST", "/", &[("content-length", "5, 5")]),
+        ("POST", "/", &[("content-length", "")]),
+        ("POST", "/", &[("content-length", "99999999999999999999")]),
+        ("POST", "/", &[("transfer-encoding", "gzip, chunked")]),
+        ("POST", "/", &[("transfer-encoding", "chunked"), ("transfer-encoding", "chunked")]),
+        ("GET", "orders", &[]),
+        ("GET", "*", &[]),
+        ("CONNECT", "/", &[]),
+        ("CONNECT", "http://a/", &[]),
+        ("CONNECT", "a:80", &[("content-length", "0")]),
+        ("CONNECT", "a:80", &[("transfer-encoding", "chunked")]),
+    ];
+    for (method, uri, headers) in cases {
+        let mut request = asks(method, Version::HTTP_11, uri, headers);
+        request.headers_mut().insert("host", "a".parse().unwrap());
+        let refused = check(&request, 100).unwrap_err();
+        assert_eq!(refused.failure, Failure::BadRequest, "{method} {uri} {headers:?}");
+    }
+    let plain: [(&str, &str, Headers); 6] = [
+        ("POST", "/", &[("content-length", "5")]),
+        ("POST", "/", &[("transfer-encoding", "Chunked")]),
+        ("GET", "http://a", &[]),
+        ("GET", "/?*", &[]),
+        ("OPTIONS", "*", &[]),
+        ("CONNECT", "a:80", &[]),
+    ];
+    for (method, uri, headers) in plain {
+        let mut request = asks(method, Version::HTTP_11, uri, headers);
+        request.headers_mut().insert("host", "a".parse().unwrap());
+        check(&request, 100).unwrap_or_else(|error| panic!("{method} {uri} {headers:?}: {error}"));
+        assert_eq!(check(&request, 0).unwrap_err().failure, Failure::HeadersTooLarge);
+    }
+}
+
+#[test]
+fn the_host_of_an_absolute_target_replaces_the_other() {
+    let mut there = request(Version::HTTP_11, "http://orders/x", &[("host", "evil")]);
+    let named = authority(&there).unwrap();
+    frame_for(&mut there, HttpVersion::Http1, named, || Authority::from_static("fallback")).unwrap();
+    assert_eq!(
+        (there.uri().to_string().as_str(), &there.headers()["host"]),
+        ("/x", &"orders".parse().unwrap())
+    );
+}
+
+#[test]
+fn a_get_with_a_body_of_unknown_length_keeps_it() {
+    let mut there = request(Version::HTTP_2, "http://orders/x", &[]).map(|_| Body::whole("body"));
+    let named = authority(&there).unwrap();
+    frame_for(&mut there, HttpVersion::Http1, named, || Authority::from_static("fallback")).unwrap();
+    assert_eq!(there.headers()["transfer-encoding"], "chunked");
+}
+
+#[test]
+fn trailers_say_nothing_of_framing_host_or_mesh() {
+    let mut trailers = HeaderMap::new();
+    for name in
+        ["content-length", "host", "transfer-encoding", "connection", "x-weft-deadline", "grpc-status"]
+    {
+        trailers.insert(name, "1".parse().unwrap());
+    }
+    clean_trailers(&mut trailers);
+    assert_eq!(trailers.keys().map(|name| name.as_str()).collect::<Vec<_>>(), ["grpc-status"]);
 }
