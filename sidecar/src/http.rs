@@ -7,7 +7,9 @@ mod observe;
 mod replay;
 mod respond;
 mod server;
+mod streams;
 mod upgrade;
+mod waiting;
 
 pub use body::{Body, BodyEnd, Ended};
 pub use observe::{begin_answer, end_answer};

@@ -108,6 +108,7 @@ fn limits(shared: &Shared) -> HttpLimits {
         header_bytes: limits.header_bytes,
         header_fields: limits.header_fields,
         header_timeout: limits.header_timeout,
+        idle_timeout: limits.idle_timeout,
         concurrent_streams: limits.streams,
         ..HttpLimits::default()
     }

@@ -98,7 +98,8 @@ pub const KEYS: &[Key] = &[
     one("Limits", "max-requests", "COUNT", "Requests at a time per direction; more get 503 [default: 10000]"),
     one("Limits", "header-bytes", "BYTES", "Bytes of a request's head [default: 65536]"),
     one("Limits", "header-fields", "COUNT", "Header fields of a request [default: 100]"),
-    one("Limits", "header-timeout", "TIME", "Idle time plus time for the head of a request [default: 1h]"),
+    one("Limits", "header-timeout", "TIME", "Time for the head of a request [default: 30s]"),
+    one("Limits", "idle-timeout", "TIME", "Connections without a request are closed after it [default: 1h]"),
     one("Limits", "max-streams", "COUNT", "Requests at a time on one HTTP/2 connection [default: 128]"),
     one(
         "Drain",

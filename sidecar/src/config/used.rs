@@ -161,9 +161,12 @@ pub struct Limits {
     pub header_bytes: usize,
     /// Header fields of a request.
     pub header_fields: usize,
-    /// Idle time plus time for the head of a request.
+    /// Time for the head of a request, from its first byte.
     #[serde(serialize_with = "as_text")]
     pub header_timeout: Duration,
+    /// Time without a request after which a connection is closed.
+    #[serde(serialize_with = "as_text")]
+    pub idle_timeout: Duration,
     /// Requests at a time on one HTTP/2 connection.
     pub streams: u32,
 }
@@ -354,7 +357,8 @@ impl Reader<'_> {
             requests: self.number("max-requests", 10_000, 1..=1_000_000),
             header_bytes: self.number("header-bytes", 64 * 1024, 1024..=1024 * 1024),
             header_fields: self.number("header-fields", 100, 1..=10_000),
-            header_timeout: self.duration("header-timeout", Duration::from_secs(3600)),
+            header_timeout: self.duration("header-timeout", Duration::from_secs(30)),
+            idle_timeout: self.duration("idle-timeout", Duration::from_secs(3600)),
             streams: self.number("max-streams", 128, 1..=10_000),
         }
     }

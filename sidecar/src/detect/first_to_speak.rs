@@ -1,12 +1,12 @@
 //! Where nobody declared a protocol and the client is silent, the server may be the one to speak first (MySQL,
 //! SMTP, SSH). Both sides are listened to, and whoever speaks first decides.
 
-use std::{io, time::Duration};
+use std::io;
 
 use bytes::BytesMut;
 use tokio::io::AsyncReadExt;
 
-use super::{Heard, ReadAhead, read_ahead};
+use super::{Heard, ReadAhead, read_ahead, read_ahead::PAUSE};
 use crate::net::Stream;
 
 /// Who spoke first. What was said is still to be read from the stream.
@@ -18,8 +18,6 @@ pub enum FirstToSpeak {
     Server,
 }
 
-/// A pause within the client's first bytes is no silence.
-const PAUSE: Duration = Duration::from_secs(1);
 /// Enough for a greeting; the rest stays in the socket.
 const GREETING: usize = 4096;
 

@@ -1,6 +1,7 @@
 //! Reads a stream until it is clear what the client speaks, and puts the bytes back. A client that stays silent
 //! may be waiting for the server to speak first: after `limit` the caller is told, and may ask again later, for
-//! the bytes are still there. Bounded in bytes and in time, however slowly the client trickles.
+//! the bytes are still there. One that has begun gets longer, so that a pause within a request line does not make
+//! opaque bytes of HTTP. Bounded in bytes and in time, however slowly the client trickles.
 
 use std::{io, time::Duration};
 
@@ -13,8 +14,10 @@ use tokio::{
 use super::{HELLO_BYTES, Hello, LOOK, Verdict, classify, client_hello};
 use crate::{model::Protocol, net::Stream};
 
-/// However slowly a client trickles, reading ahead ends after this many times the limit of silence.
-const PATIENCE: u32 = 10;
+/// A pause within a client's first bytes is no silence until it is this long.
+pub(super) const PAUSE: Duration = Duration::from_secs(1);
+/// However slowly a client trickles, reading ahead ends this long after its first byte.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The bytes a client began with. They are still to be read from the stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,19 +39,34 @@ pub enum Heard {
     End,
 }
 
-/// Reads until the protocol is known, the client is silent for `limit`, or it closes its side. May be asked again
+/// Reads until the protocol is known, the client is silent for `limit`, it pauses within its first bytes, or it
+/// closes its side. May be asked again
 /// about the same stream after [`Heard::Silence`]. Cancel safe: a future dropped half way puts back what it read.
 ///
 /// # Errors
 /// What reading the stream says.
 pub async fn read_ahead(stream: &mut Stream, limit: Duration) -> io::Result<ReadAhead> {
+    read_within(stream, limit, limit.max(PAUSE), PATIENCE).await
+}
+
+async fn read_within(
+    stream: &mut Stream,
+    limit: Duration,
+    pause: Duration,
+    patience: Duration,
+) -> io::Result<ReadAhead> {
     let mut reading = Reading { stream, buffer: BytesMut::with_capacity(HELLO_BYTES) };
-    let end = Instant::now() + limit * PATIENCE;
+    let mut end = None;
     let heard = loop {
         if let Some(protocol) = settled(&reading.buffer) {
             break Heard::Protocol(protocol);
         }
-        let silent = end.min(Instant::now() + limit);
+        let now = Instant::now();
+        let silent = if reading.buffer.is_empty() {
+            now + limit
+        } else {
+            (now + pause).min(*end.get_or_insert(now + patience))
+        };
         let stopped = match timeout_at(silent, reading.more()).await {
             Ok(Ok(0)) => Heard::End,
             Ok(Ok(_)) => continue,
@@ -132,14 +150,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_request_in_two_pieces_is_waited_for() {
+    async fn a_request_in_two_pieces_is_waited_for_longer_than_a_silent_client() {
         let (mut client, mut stream) = pair().await;
         client.write_all(b"GET / HT").await.unwrap();
         let rest = async {
-            sleep(LIMIT / 4).await;
+            sleep(LIMIT * 2).await;
             client.write_all(b"TP/1.1\r\n").await.unwrap();
         };
-        let (ahead, ()) = tokio::join!(read_ahead(&mut stream, LIMIT * 20), rest);
+        let (ahead, ()) = tokio::join!(read_ahead(&mut stream, LIMIT), rest);
         assert_eq!(ahead.unwrap().heard, Heard::Protocol(Protocol::Http1));
     }
 
@@ -148,7 +166,7 @@ mod tests {
         let (mut client, mut stream) = pair().await;
         assert_eq!(read_ahead(&mut stream, LIMIT).await.unwrap().heard, Heard::Silence);
         client.write_all(b"GET / HT").await.unwrap();
-        let ahead = read_ahead(&mut stream, LIMIT).await.unwrap();
+        let ahead = read_within(&mut stream, LIMIT, LIMIT, PATIENCE).await.unwrap();
         assert_eq!((&ahead.bytes[..], ahead.heard), (&b"GET / HT"[..], Heard::Silence));
         client.write_all(b"TP/1.1\r\n").await.unwrap();
         let ahead = read_ahead(&mut stream, LIMIT).await.unwrap();
@@ -190,15 +208,13 @@ mod tests {
             }
         };
         // Token after token without an end: 32 of them would settle it, time is up before.
-        let limit = LIMIT * 2;
         tokio::select! {
-            ahead = read_ahead(&mut stream, limit) => {
+            ahead = read_within(&mut stream, LIMIT * 9, LIMIT * 9, LIMIT * 10) => {
                 let ahead = ahead.unwrap();
                 assert_eq!(ahead.heard, Heard::Silence);
                 assert!(!ahead.bytes.is_empty());
             }
             () = trickle => unreachable!(),
-            () = sleep(limit * (PATIENCE + 20)) => panic!("still waiting"),
         }
     }
 

@@ -12,7 +12,7 @@ use http_body::{Frame, SizeHint};
 use hyper::{body::Incoming, header::HeaderMap};
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::replay::ReplayBody;
+use super::{replay::ReplayBody, streams::InFlight};
 use crate::telemetry::ByteCount;
 
 /// What a body reports when its source fails. A server that gets it cuts the connection or resets the stream,
@@ -27,6 +27,7 @@ pub struct Body {
     deadline: Option<Pin<Box<Sleep>>>,
     counter: Option<ByteCount>,
     observer: Option<Observer>,
+    in_flight: Option<InFlight>,
 }
 
 /// Called once, when the body has ended.
@@ -97,8 +98,22 @@ impl Body {
         self
     }
 
+    /// Keeps a request in flight until this body, its answer's, is gone.
+    pub(super) fn keeping(mut self, request: InFlight) -> Self {
+        self.in_flight = Some(request);
+        self
+    }
+
     fn of(source: Source) -> Self {
-        Body { source, bytes: 0, grpc_status: None, deadline: None, counter: None, observer: None }
+        Body {
+            source,
+            bytes: 0,
+            grpc_status: None,
+            deadline: None,
+            counter: None,
+            observer: None,
+            in_flight: None,
+        }
     }
 
     fn ended(&mut self, how: BodyEnd) {

@@ -1,12 +1,19 @@
 //! Serves one HTTP connection with hyper, within limits that hold against strangers.
 
-use std::{future::Future, time::Duration};
+use std::{
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use hyper::{Request, Response, body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
-use super::Body;
+use super::{Body, respond::refuse_stream, streams::Streams, waiting::HeadTimer};
 use crate::{
     model::{Failed, Failure, HttpVersion},
     net::Stream,
@@ -19,12 +26,17 @@ pub struct HttpLimits {
     pub header_bytes: usize,
     /// Header fields of a request.
     pub header_fields: usize,
-    /// How long a client may take for the head of a request, idle time before it included.
+    /// How long a client may take for the head of a request, from its first byte; of an HTTP/2 connection, for
+    /// the preface.
     pub header_timeout: Duration,
+    /// How long a connection may be without a request.
+    pub idle_timeout: Duration,
     /// Requests at a time on one HTTP/2 connection.
     pub concurrent_streams: u32,
     /// Streams a client may reset before we have looked at them (CVE-2023-44487).
     pub pending_resets: usize,
+    /// Requests a client may take back at once, beyond those that were answered; then the connection is ended.
+    pub resets: u32,
     /// Bytes a client may send on one stream before we have passed them on.
     pub stream_window: u32,
 }
@@ -34,9 +46,11 @@ impl Default for HttpLimits {
         HttpLimits {
             header_bytes: 64 * 1024,
             header_fields: 100,
-            header_timeout: Duration::from_secs(60),
+            header_timeout: Duration::from_secs(30),
+            idle_timeout: Duration::from_secs(3600),
             concurrent_streams: 128,
-            pending_resets: 20,
+            pending_resets: 100,
+            resets: 500,
             stream_window: 256 * 1024,
         }
     }
@@ -49,6 +63,13 @@ impl HttpLimits {
     }
 }
 
+impl HttpLimits {
+    /// The same head is longer in the count of HTTP/2.
+    fn header_list_bytes(&self) -> usize {
+        self.header_bytes.saturating_add(self.header_fields.saturating_mul(FIELD_OVERHEAD))
+    }
+}
+
 /// RFC 9113 6.9.1.
 const MAX_WINDOW: u32 = (1 << 31) - 1;
 /// hyper refuses a smaller HTTP/1 buffer.
@@ -56,6 +77,10 @@ const MIN_BUFFER: usize = 8192;
 /// A silent HTTP/2 peer is asked whether it lives after this long.
 const PING_AFTER: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
+/// Preface and first frame header of HTTP/2: what any client sends at once.
+const PREFACE_BYTES: u64 = 24 + 9;
+/// What hyper counts of a header field beside its name and value (RFC 9113 6.5.2).
+const FIELD_OVERHEAD: usize = 32;
 
 /// Serves requests until the client closes, breaks the rules, or `stop` resolves and the last answer is out,
 /// for which it waits `drain_timeout` at most.
@@ -74,39 +99,92 @@ where
     Answer: Fn(Request<Incoming>) -> Answering,
     Answering: Future<Output = Result<Response<Body>, h2::Error>> + Send + 'static,
 {
-    let io = TokioIo::new(stream);
-    let mut stop = std::pin::pin!(stop);
-    let ended = match version {
-        HttpVersion::Http1 => {
-            let connection = http1(limits).serve_connection(io, service_fn(answer)).with_upgrades();
-            let mut connection = std::pin::pin!(connection);
-            tokio::select! {
-                ended = connection.as_mut() => ended,
-                () = &mut stop => {
-                    connection.as_mut().graceful_shutdown();
-                    match timeout(drain_timeout, connection).await {
-                        Ok(ended) => ended,
-                        Err(_) => return Err(drained_too_long(drain_timeout)),
-                    }
-                }
-            }
-        }
-        HttpVersion::Http2 => {
-            let connection = http2(limits).serve_connection(io, service_fn(answer));
-            let mut connection = std::pin::pin!(connection);
-            tokio::select! {
-                ended = connection.as_mut() => ended,
-                () = &mut stop => {
-                    connection.as_mut().graceful_shutdown();
-                    match timeout(drain_timeout, connection).await {
-                        Ok(ended) => ended,
-                        Err(_) => return Err(drained_too_long(drain_timeout)),
-                    }
-                }
-            }
+    match version {
+        HttpVersion::Http1 => serve_http1(stream, limits, stop, drain_timeout, answer).await,
+        HttpVersion::Http2 => serve_http2(stream, limits, stop, drain_timeout, answer).await,
+    }
+}
+
+async fn serve_http1<Answer, Answering>(
+    mut stream: Stream,
+    limits: &HttpLimits,
+    stop: impl Future<Output = ()>,
+    drain_timeout: Duration,
+    answer: Answer,
+) -> Result<(), Failed>
+where
+    Answer: Fn(Request<Incoming>) -> Answering,
+    Answering: Future<Output = Result<Response<Body>, h2::Error>> + Send + 'static,
+{
+    let timer = HeadTimer::new(stream.count_reads(), limits.header_timeout);
+    let builder = http1(limits, timer.clone());
+    let connection = builder.serve_connection(TokioIo::new(stream), service_fn(answer)).with_upgrades();
+    let mut connection = std::pin::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = stop => {
+            connection.as_mut().graceful_shutdown();
+            timeout(drain_timeout, connection).await.map_err(|_| drained_too_long(drain_timeout))?
         }
     };
-    ended.map_err(|error| client_failure(&error))
+    match ended {
+        Err(error) if error.is_timeout() && timer.is_idle() => Ok(()),
+        ended => ended.map_err(|error| client_failure(&error)),
+    }
+}
+
+async fn serve_http2<Answer, Answering>(
+    mut stream: Stream,
+    limits: &HttpLimits,
+    stop: impl Future<Output = ()>,
+    drain_timeout: Duration,
+    answer: Answer,
+) -> Result<(), Failed>
+where
+    Answer: Fn(Request<Incoming>) -> Answering,
+    Answering: Future<Output = Result<Response<Body>, h2::Error>> + Send + 'static,
+{
+    let read = stream.count_reads();
+    let streams = Streams::new();
+    let service = service_fn(|request| {
+        let begun = streams.begin().map(|in_flight| (in_flight, answer(request)));
+        async move {
+            let Some((mut in_flight, answering)) = begun else { return Err(refuse_stream()) };
+            let answered = answering.await;
+            in_flight.answered();
+            answered.map(|response| response.map(|body| body.keeping(in_flight)))
+        }
+    });
+    let mut connection = std::pin::pin!(http2(limits).serve_connection(TokioIo::new(stream), service));
+    let too_many_resets = tokio::select! {
+        ended = connection.as_mut() => return ended.map_err(|error| client_failure(&error)),
+        () = stop => false,
+        () = streams.idle_for(limits.idle_timeout) => false,
+        () = no_preface(&read, limits.header_timeout) => {
+            return Err(Failed::new(Failure::ClientTimeout, "the preface of HTTP/2 did not come"));
+        }
+        () = streams.resets_reach(limits.resets) => true,
+    };
+    connection.as_mut().graceful_shutdown();
+    if too_many_resets {
+        streams.refuse();
+    }
+    // What is in flight may end, also for a client that took back too much; one that goes on is cut off.
+    tokio::select! {
+        ended = connection => if !too_many_resets { return ended.map_err(|error| client_failure(&error)) },
+        () = sleep(drain_timeout) => if !too_many_resets { return Err(drained_too_long(drain_timeout)) },
+        () = streams.resets_reach(limits.resets.saturating_mul(2)) => {}
+    }
+    let detail = format!("the client took back {} requests at once, more than were answered", limits.resets);
+    Err(Failed::new(Failure::BadRequest, detail))
+}
+
+/// Resolves if the client of an HTTP/2 connection has not begun to speak it in time; never otherwise.
+async fn no_preface(read: &Arc<AtomicU64>, limit: Duration) {
+    sleep(limit).await;
+    if read.load(Ordering::Relaxed) >= PREFACE_BYTES {
+        std::future::pending().await
+    }
 }
 
 fn drained_too_long(limit: Duration) -> Failed {
@@ -117,11 +195,11 @@ fn drained_too_long(limit: Duration) -> Failed {
     )
 }
 
-fn http1(limits: &HttpLimits) -> hyper::server::conn::http1::Builder {
+fn http1(limits: &HttpLimits, timer: HeadTimer) -> hyper::server::conn::http1::Builder {
     let mut builder = hyper::server::conn::http1::Builder::new();
     builder
-        .timer(TokioTimer::new())
-        .header_read_timeout(limits.header_timeout)
+        .timer(timer)
+        .header_read_timeout(limits.idle_timeout)
         .max_headers(limits.header_fields)
         .max_header_size(limits.header_bytes)
         .max_buf_size(limits.header_bytes.max(MIN_BUFFER))
@@ -139,7 +217,7 @@ fn http2(limits: &HttpLimits) -> hyper::server::conn::http2::Builder<TokioExecut
         .keep_alive_timeout(PING_TIMEOUT)
         .max_concurrent_streams(limits.concurrent_streams)
         .max_pending_accept_reset_streams(limits.pending_resets)
-        .max_header_list_size(u32::try_from(limits.header_bytes).unwrap_or(u32::MAX))
+        .max_header_list_size(u32::try_from(limits.header_list_bytes()).unwrap_or(u32::MAX))
         .initial_stream_window_size(limits.stream_window)
         .initial_connection_window_size(limits.connection_window())
         .auto_date_header(false);

@@ -3,6 +3,10 @@
 use std::{
     io,
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll},
 };
 
@@ -18,6 +22,7 @@ use tokio_rustls::TlsStream;
 pub struct Stream {
     ahead: Bytes,
     io: Io,
+    read: Option<Arc<AtomicU64>>,
 }
 
 #[derive(Debug)]
@@ -33,6 +38,11 @@ impl Stream {
         self.ahead = bytes;
     }
 
+    /// Counts the bytes that are read from now on.
+    pub fn count_reads(&mut self) -> Arc<AtomicU64> {
+        self.read.get_or_insert_default().clone()
+    }
+
     /// The TCP socket below.
     pub fn tcp(&self) -> &TcpStream {
         match &self.io {
@@ -44,13 +54,13 @@ impl Stream {
 
 impl From<TcpStream> for Stream {
     fn from(tcp: TcpStream) -> Self {
-        Stream { ahead: Bytes::new(), io: Io::Tcp(tcp) }
+        Stream { ahead: Bytes::new(), io: Io::Tcp(tcp), read: None }
     }
 }
 
 impl From<TlsStream<Stream>> for Stream {
     fn from(tls: TlsStream<Stream>) -> Self {
-        Stream { ahead: Bytes::new(), io: Io::Tls(Box::new(tls)) }
+        Stream { ahead: Bytes::new(), io: Io::Tls(Box::new(tls)), read: None }
     }
 }
 
@@ -60,6 +70,17 @@ impl AsyncRead for Stream {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let polled = self.poll_source(context, buffer);
+        if let Some(read) = &self.read {
+            read.fetch_add((buffer.filled().len() - before) as u64, Ordering::Relaxed);
+        }
+        polled
+    }
+}
+
+impl Stream {
+    fn poll_source(&mut self, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if !self.ahead.is_empty() {
             let count = self.ahead.len().min(buffer.remaining());
             buffer.put_slice(&self.ahead[..count]);
