@@ -371,6 +371,10 @@ fn observed(answered: Answered, mut record: Record, place: OwnedSemaphorePermit)
     if !left_http {
         headers::remove_per_hop(&mut head.headers);
     }
+    if in_use.as_ref().is_some_and(|in_use| in_use.peer().is_none()) {
+        // A server outside the mesh is not believed.
+        headers::remove_ours(&mut head.headers);
+    }
     head.version = Version::HTTP_11;
     let body = body.until(deadline).observed(move |ended| {
         http::end_answer(&mut record, &ended);
