@@ -222,6 +222,9 @@ pub(super) fn failed(error: &io::Error, peer: Role, address: &str, own: impl std
         Some(rustls::Error::AlertReceived(alert)) => {
             (Failure::Handshake, format!("it refused us with the TLS alert {alert:?}"))
         }
+        None if peer == Role::Server && error.kind() == io::ErrorKind::UnexpectedEof => {
+            (Failure::Handshake, "it closed the connection on our TLS (is a sidecar there?)".to_owned())
+        }
         _ => (Failure::Handshake, format!("the TLS handshake failed: {error}")),
     };
     Failed::new(failure, format!("{side} {address} refused by {own}: {reason}"))
