@@ -2,11 +2,13 @@
 //! A test begins with [`can_run`]; then it makes a [`Network`] and pods in it; everything ends when it is dropped,
 //! after a panic too. Traffic stays inside those namespaces.
 
+mod forge;
 mod mesh;
 mod network;
 mod process;
 mod program;
 
+pub use forge::{Forged, Forger};
 pub use mesh::{Mesh, Sidecar, TRUST_DOMAIN, identity};
 pub use network::{Netns, Network, Pod};
 pub use process::{Process, output_of, pause, until};

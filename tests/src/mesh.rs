@@ -117,6 +117,29 @@ impl Mesh {
         self.network.folder().join("policies")
     }
 
+    /// Writes a service file: `body` is the YAML after the line with the name.
+    ///
+    /// # Panics
+    /// If it cannot be written.
+    pub fn write_service(&self, name: &str, body: &str) {
+        // Renamed into place, so that nobody reads half of it.
+        let aside = self.services().join(format!(".{name}"));
+        fs::write(&aside, format!("service: {name}\n{body}")).expect("a service file");
+        fs::rename(aside, self.services().join(format!("{name}.yaml"))).expect("its place");
+    }
+
+    /// Waits until a sidecar has published its workload.
+    ///
+    /// # Panics
+    /// If it takes too long.
+    pub fn wait_until_published(&self, service: &str) {
+        let start = format!("{service}.");
+        until("the workload is published", || {
+            let mut files = fs::read_dir(self.services()).expect("the services").flatten();
+            files.any(|file| file.file_name().to_string_lossy().starts_with(&start))
+        });
+    }
+
     /// Makes a reusable token for a service account of namespace `default`, readable by the sidecar's user.
     ///
     /// # Panics
@@ -150,8 +173,8 @@ impl Mesh {
         flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect()
     }
 
-    /// Puts the rules and a sidecar into a pod and waits until it is ready. `flags` come after those of the
-    /// membership and may repeat them.
+    /// Puts the rules and a sidecar into a pod and waits until it is ready. `flags` replace those of
+    /// the membership.
     ///
     /// # Panics
     /// If it does not become ready.
@@ -184,7 +207,10 @@ impl Mesh {
         let socket = folder.join("admin.sock").display().to_string();
         let advertise = pod.ipv4().to_string();
         let mut run = pod.command_as(SIDECAR_UID, &self.sidecar);
-        run.arg("run").args(self.membership(service));
+        run.arg("run");
+        for pair in self.membership(service).chunks(2).filter(|pair| !flags.contains(&pair[0].as_str())) {
+            run.args(pair);
+        }
         run.args(["--admin-socket", &socket, "--advertise", &advertise]).args(flags);
         run.envs(variables.iter().copied());
         let process = Process::start(&format!("sidecar of {service}"), run);
@@ -219,6 +245,23 @@ impl Sidecar {
         let mut curl = pod.command_as(SIDECAR_UID, "curl");
         curl.args(["-s", "-f", "-m", "5", &format!("http://{}:15020/metrics", self.address)]);
         output_of(curl)
+    }
+
+    /// Waits for a line of its access log with this failure and these words in its detail.
+    ///
+    /// # Panics
+    /// With the log, if there is none.
+    pub fn wait_for_failure(&self, label: &str, words: &[&str]) -> serde_json::Value {
+        let mut found = None;
+        let fits = |line: &serde_json::Value| {
+            let detail = line["detail"].as_str().unwrap_or_default();
+            line["failure"] == label && words.iter().all(|word| detail.contains(word))
+        };
+        until(&format!("a line of {label} says {words:?}; the log:\n{}", self.process.log()), || {
+            found = self.access_log().into_iter().rfind(|line| fits(line));
+            found.is_some()
+        });
+        found.unwrap_or_default()
     }
 
     /// The lines of its access log so far, as JSON.

@@ -1,0 +1,151 @@
+//! A change of trust cuts: a connection ends when its peer's root is removed or its certificate expires, and no
+//! other does.
+
+use std::{fs, os::unix::fs::PermissionsExt, path::Path};
+
+use weft_tests::{
+    Forged, Forger, Mesh, Pod, Process, TRUST_DOMAIN, can_run, identity, pause, program, until,
+};
+
+use super::scene::{NEEDS, Scene, curl};
+
+/// Writes the authority's bundle as docs/identity.md says: aside, and renamed.
+fn write_roots(mesh: &Mesh, pem: &str) {
+    let (aside, place) =
+        (mesh.network.folder().join("ca/.roots"), mesh.network.folder().join("ca/roots.pem"));
+    fs::write(&aside, pem).unwrap();
+    fs::set_permissions(&aside, fs::Permissions::from_mode(0o600)).unwrap();
+    fs::rename(aside, place).unwrap();
+}
+
+/// A connection of bytes that stays open after it was answered.
+fn hold(pod: &Pod, address: &str, certificate: &Path) -> Process {
+    let certificate = certificate.display().to_string();
+    pod.start(program("mesh-peer"), &["tls-client", address, &certificate, "weft-tcp", "held\\n"])
+}
+
+#[test]
+fn connections_of_a_removed_root_are_closed_and_no_others() {
+    if !can_run(&NEEDS) {
+        return;
+    }
+    let mesh = Mesh::new();
+    let own = fs::read_to_string(mesh.network.folder().join("ca/roots.pem")).unwrap();
+    let second = Forger::of_stranger(TRUST_DOMAIN, mesh.network.folder());
+    write_roots(&mesh, &format!("{own}{}", second.certificate()));
+    let (old, new) = (
+        Forger::of_mesh(&mesh).leaf("old", &Forged::of(&identity("old"))),
+        second.leaf("new", &Forged::of(&identity("new"))),
+    );
+    let scene = Scene::new(mesh, &[]);
+    let address = scene.address(8080);
+    let mut stays = hold(&scene.stranger, &address, &old);
+    stays.wait_for_line("answer");
+    // the authority looks at its file every two seconds
+    let mut goes = hold(&scene.stranger, &address, &new);
+    until("the second root is believed", || {
+        if goes.has_ended() {
+            goes = hold(&scene.stranger, &address, &new);
+        }
+        goes.log().contains("answer")
+    });
+    assert!(!goes.has_ended());
+
+    write_roots(&scene.mesh, &own);
+    goes.wait();
+    let line = scene.sidecar.wait_for_failure("untrusted_peer", &["the trust in", &identity("new")]);
+    assert_eq!(line["peer_identity"], identity("new"), "{line}");
+    assert_eq!(line["own_identity"], identity("orders"), "{line}");
+    assert!(!stays.has_ended(), "{}", stays.log());
+    let mut refused = hold(&scene.stranger, &address, &new);
+    refused.wait();
+    assert!(!refused.log().contains("answer"), "{}", refused.log());
+}
+
+#[test]
+fn a_client_leaves_a_server_whose_root_is_removed() {
+    if !can_run(&NEEDS) {
+        return;
+    }
+    let mesh = Mesh::new();
+    let own = fs::read_to_string(mesh.network.folder().join("ca/roots.pem")).unwrap();
+    let second = Forger::of_stranger(TRUST_DOMAIN, mesh.network.folder());
+    write_roots(&mesh, &format!("{own}{}", second.certificate()));
+    let (client, rogue) = (mesh.network.pod("client"), mesh.network.pod("rogue"));
+    let certificate = second.leaf("orders", &Forged::of(&identity("orders"))).display().to_string();
+    let listen = format!("{}:8080", rogue.ipv4());
+    let mut server = rogue.start(program("mesh-peer"), &["tls-server", &listen, &certificate, "weft-tcp"]);
+    server.wait_for_line("serving");
+    mesh.write_service(
+        "orders",
+        &format!(
+            "protocol: tcp\nidentities: ['{}']\naddresses: ['10.99.0.1:9000']\nendpoints: [{{address: '{listen}'}}]\n",
+            identity("orders")
+        ),
+    );
+    let sidecar = mesh.sidecar(&client, "web", &[]);
+    let say = || client.start(program("mesh-peer"), &["say", "10.99.0.1:9000", "held\\n"]);
+    let mut held = say();
+    until("the second root is believed", || {
+        if held.has_ended() {
+            held = say();
+        }
+        held.log().contains("answer")
+    });
+    write_roots(&mesh, &own);
+    held.wait();
+    sidecar.wait_for_failure("untrusted_peer", &["the trust in the peer ended"]);
+}
+
+#[test]
+fn a_connection_ends_with_the_certificate_of_its_peer() {
+    if !can_run(&NEEDS) {
+        return;
+    }
+    let scene = Scene::new(Mesh::new(), &[]);
+    let thief = Forger::of_mesh(&scene.mesh);
+    let short = thief.leaf("short", &Forged { ends_in: 3, ..Forged::of(&identity("short")) });
+    let long = thief.leaf("long", &Forged::of(&identity("long")));
+    let address = scene.address(8080);
+    let mut stays = hold(&scene.stranger, &address, &long);
+    let mut goes = hold(&scene.stranger, &address, &short);
+    stays.wait_for_line("answer");
+    goes.wait_for_line("answer");
+    // an idle HTTP connection of the same peer is drained
+    let short = short.display().to_string();
+    let text = "GET / HTTP/1.1\\r\\nHost: orders\\r\\n\\r\\n";
+    let mut http =
+        scene.stranger.start(program("mesh-peer"), &["tls-client", &address, &short, "weft-h1", text]);
+    http.wait_for_line("200 OK");
+    goes.wait();
+    http.wait();
+    scene.sidecar.wait_for_failure("untrusted_peer", &["the trust in", &identity("short")]);
+    assert!(!stays.has_ended(), "{}", stays.log());
+}
+
+#[test]
+fn renewed_certificates_go_on_where_the_first_ones_have_expired() {
+    if !can_run(&NEEDS) {
+        return;
+    }
+    let scene = Scene::new(Mesh::with_lifetime("6s"), &[]);
+    let client = scene.mesh.network.pod("client");
+    scene.mesh.wait_until_published("orders");
+    let sidecar = scene.mesh.sidecar(&client, "web", &[]);
+    let expiry = |metrics: &str| {
+        metrics
+            .lines()
+            .find_map(|line| line.strip_prefix("weft_certificate_expiry_seconds ")?.parse::<f64>().ok())
+    };
+    let first = expiry(&sidecar.metrics(&client)).unwrap();
+    // until the third certificate: the first has expired then
+    until("the certificates were renewed twice", || {
+        let seen = curl(&client, &["http://orders/"]);
+        assert!(seen.starts_with("HTTP/1.1 200 OK"), "{seen}\n{}", sidecar.process.log());
+        pause();
+        expiry(&sidecar.metrics(&client)).unwrap() >= first + 6.0
+    });
+    for line in scene.sidecar.access_log().iter().chain(&sidecar.access_log()) {
+        assert_eq!(line["failure"], serde_json::Value::Null, "{line}");
+    }
+}
