@@ -10,7 +10,7 @@ use crate::{
     connect::{Connector, Dialer, Pool},
     http::HttpLimits,
     inbound::{Delivery, Inbound},
-    model::Failure,
+    model::{Failed, Failure},
     outbound::Outbound,
     serve::{self, Incident},
     telemetry::Direction,
@@ -86,19 +86,21 @@ fn taken_over(listeners: Vec<StdListener>) -> Vec<TcpListener> {
     listeners.into_iter().filter_map(take).collect()
 }
 
-/// What an accept loop met, for metric and log.
+/// What an accept loop met. A connection over the cap is refused like any other; a panic is a bug of ours, which
+/// the record of the connection has counted.
 fn tell(
     shared: &Arc<Shared>,
     direction: Direction,
 ) -> impl Fn(Incident, std::net::SocketAddr) + Clone + Send + 'static {
     let telemetry = shared.telemetry.clone();
-    move |incident, client| {
-        let failure = match incident {
-            Incident::Full => Failure::Overloaded,
-            Incident::Panicked => Failure::Internal,
-        };
-        telemetry.metrics().connection_failed(direction, failure);
-        tracing::error!(%client, %failure, direction = direction.label(), "a connection was not carried");
+    move |incident, client| match incident {
+        Incident::Full => {
+            let full = Failed::new(Failure::Overloaded, "the bound of connections at a time is reached");
+            telemetry.connection(direction, client).fail(full);
+        }
+        Incident::Panicked => {
+            tracing::error!(%client, direction = direction.label(), "the task of a connection panicked");
+        }
     }
 }
 
