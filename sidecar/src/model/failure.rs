@@ -61,8 +61,6 @@ pub enum Failure {
     AppRefused,
     /// The app on this host closed the connection or broke the rules of HTTP before its answer began.
     AppReset,
-    /// The caller may not do this.
-    Forbidden,
     /// A bug: a task of ours ended with a panic.
     Internal,
 }
@@ -107,7 +105,6 @@ impl Failure {
         Failure::NotOurs,
         Failure::AppRefused,
         Failure::AppReset,
-        Failure::Forbidden,
         Failure::Internal,
     ];
 
@@ -180,7 +177,6 @@ impl Failure {
             Failure::NotOurs => ("not_ours", 403, Client),
             Failure::AppRefused => ("app_refused", 503, Upstream),
             Failure::AppReset => ("app_reset", 502, Upstream),
-            Failure::Forbidden => ("forbidden", 403, Client),
             Failure::Internal => ("internal", 500, Mesh),
         }
     }

@@ -61,7 +61,7 @@ fn what_may_be_tried_again() {
         ("GET", failed(Failure::BodyCut), "failure"),
         ("GET", failed(Failure::RequestTimeout), "failure"),
         ("GET", failed(Failure::NoEndpoint), "failure"),
-        ("GET", failed(Failure::Forbidden), "failure"),
+        ("GET", failed(Failure::PlaintextRefused), "failure"),
         ("GET", answered(200), "not_needed"),
         ("GET", answered(500), "not_needed"),
         ("GET", answered(503), "status"),
