@@ -204,8 +204,7 @@ fn http1(limits: &HttpLimits, timer: HeadTimer) -> hyper::server::conn::http1::B
         .max_header_size(limits.header_bytes)
         .max_buf_size(limits.header_bytes.max(MIN_BUFFER))
         .title_case_headers(true)
-        .auto_date_header(false)
-        .pipeline_flush(true);
+        .auto_date_header(false);
     builder
 }
 
