@@ -56,6 +56,8 @@ pub enum Security {
 const STREAMS_PER_CONNECTION: usize = 100;
 /// Bytes a peer may send on one stream before the reader has taken them.
 const STREAM_WINDOW: u32 = 256 * 1024;
+/// Bytes of an answer's header fields (hyper's own bound of 16 KiB is less than apps send).
+const HEADER_LIST: u32 = 256 * 1024;
 /// Connections to one key; past it a call is refused rather than queued without bound.
 const CONNECTIONS_PER_KEY: usize = 256;
 /// Idle HTTP/1 connections kept per key.
@@ -343,6 +345,7 @@ fn http2_builder() -> http2::Builder<TokioExecutor> {
         .timer(TokioTimer::new())
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(STREAM_WINDOW * STREAMS_PER_CONNECTION as u32)
+        .max_header_list_size(HEADER_LIST)
         .keep_alive_interval(PING_AFTER)
         .keep_alive_timeout(PING_TIMEOUT);
     builder
