@@ -107,7 +107,9 @@ impl Inbound {
         if names_the_mesh(&ahead) {
             return self.secured(stream, arrival, draining, record).await;
         }
-        if ahead.heard == Heard::End && ahead.bytes.is_empty() {
+        let strict = self.delivery.mutual_tls(arrival.meant.port()) == MutualTls::Strict;
+        if strict && ahead.heard == Heard::End && ahead.bytes.is_empty() {
+            // A probe of the port, which asks for nothing.
             return Ok(());
         }
         self.delivery.check_plaintext(arrival.meant, &ahead)?;

@@ -178,10 +178,10 @@ impl Outbound {
                 self.telemetry.metrics().detected(protocol);
                 self.spoken(stream, protocol, target, draining, record).await
             }
-            Heard::End if ahead.bytes.is_empty() => Ok(()),
             Heard::Silence if ahead.bytes.is_empty() => {
                 Box::pin(self.silent(stream, target, draining, record)).await
             }
+            // A client that shuts down its side at once may still want to hear the server.
             Heard::Silence | Heard::End => {
                 self.spoken(stream, Protocol::Opaque, target, draining, record).await
             }
