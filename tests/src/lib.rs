@@ -12,4 +12,4 @@ pub use forge::{Forged, Forger};
 pub use mesh::{Mesh, Sidecar, TRUST_DOMAIN, identity};
 pub use network::{Netns, Network, Pod};
 pub use process::{Process, output_of, pause, until};
-pub use program::{Need, can_run, program, program_for_everyone};
+pub use program::{Need, can_run, program, program_for_everyone, python};

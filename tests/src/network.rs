@@ -229,8 +229,20 @@ impl Pod {
     /// # Panics
     /// If it cannot be written.
     pub fn resolver(&self, text: &str) {
+        self.own_file("resolv.conf", text);
+    }
+
+    /// Gives programs in this pod their own `/etc/hosts`.
+    ///
+    /// # Panics
+    /// If it cannot be written.
+    pub fn hosts(&self, text: &str) {
+        self.own_file("hosts", text);
+    }
+
+    fn own_file(&self, name: &str, text: &str) {
         fs::create_dir_all(self.netns.own_files()).expect("a folder below /etc/netns");
-        fs::write(self.netns.own_files().join("resolv.conf"), text).expect("resolv.conf");
+        fs::write(self.netns.own_files().join(name), text).expect("a file below /etc/netns");
     }
 }
 

@@ -16,6 +16,8 @@ pub enum Need {
     Root,
     /// A program, with the Debian package that has it.
     Program(&'static str, &'static str),
+    /// The Python of [`python`], with the packages that `tests/run` puts there.
+    Python,
 }
 
 /// Can this test run here? If not, it fails with what is missing; with `WEFT_TESTS_ALLOW_SKIP=1` it prints
@@ -47,8 +49,15 @@ impl Need {
             Need::Program(name, package) => find(name)
                 .is_none()
                 .then(|| format!("the program `{name}` is missing (apt-get install {package})")),
+            Need::Python => (!python().is_file())
+                .then(|| format!("{} is missing (tests/run makes it)", python().display())),
         }
     }
+}
+
+/// Python of a virtual environment with the packages of the tests.
+pub fn python() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("target/test-venv/bin/python")
 }
 
 fn find(name: &str) -> Option<PathBuf> {

@@ -1,0 +1,86 @@
+//! Names and addresses: DNS, virtual addresses that outlive a sidecar, IPv6.
+
+use std::fs;
+
+use nix::{sys::signal::Signal, unistd::chown};
+use weft_proto::names::SIDECAR_UID;
+use weft_tests::{Mesh, Pod, identity, output_of, until};
+
+use super::pair::{CURL, PYTHON, Pair, ROOT, can_run, curl, start_app};
+
+/// The addresses of a name as the C library finds them.
+fn resolve(pod: &Pod, name: &str) -> Vec<String> {
+    let output = pod.command("getent").args(["ahosts", name]).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let mut found: Vec<String> =
+        text.lines().filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect();
+    found.dedup();
+    found
+}
+
+#[test]
+fn names_have_virtual_addresses_that_outlive_the_sidecar() {
+    if !can_run(&[ROOT, CURL, PYTHON]) {
+        return;
+    }
+    let mesh = Mesh::new();
+    let (client, server) = (mesh.network.pod("client"), mesh.network.pod("server"));
+    let _app = start_app(&server, "python3", "http_app.py", 8080, &[]);
+    let _to = mesh.sidecar(&server, "orders_shop", &["--port", "8080"]);
+    let state = mesh.network.folder().join("state");
+    fs::create_dir(&state).unwrap();
+    chown(&state, Some(SIDECAR_UID.into()), Some(SIDECAR_UID.into())).unwrap();
+    let shown = state.display().to_string();
+    let from = mesh.sidecar(&client, "web", &["--state-dir", &shown]);
+    until("the name has an address", || !resolve(&client, "orders.shop").is_empty());
+    let addresses = resolve(&client, "orders.shop");
+    assert_eq!(addresses.len(), 1, "{addresses:?}");
+    let address: std::net::Ipv4Addr = addresses[0].parse().unwrap();
+    assert!(address.octets()[0] >= 240, "{address}");
+    for name in ["orders.shop.weft", "ORDERS.SHOP"] {
+        assert_eq!(resolve(&client, name), addresses, "{name}");
+    }
+    assert!(resolve(&client, "none.weft").is_empty());
+    let ask = || curl(&client, mesh.network.folder(), &[&format!("http://{address}/")]).outcome;
+    assert!(ask().starts_with("200 "), "{}", ask());
+    from.process.signal(Signal::SIGTERM);
+    let mut from = from;
+    from.process.wait();
+    // nobody asks for the name again: an app keeps an address for long
+    let from = mesh.sidecar(&client, "web", &["--state-dir", &shown]);
+    until("the service is known again", || ask().starts_with("200 "));
+    assert_eq!(resolve(&client, "orders.shop"), addresses);
+    drop(from);
+    // without what was kept the address stands for nothing, and is reset
+    let _from = mesh.sidecar(&client, "web", &[]);
+    let reset = ask();
+    assert!(reset.starts_with("000 ") && reset.contains("reset"), "{reset}");
+}
+
+#[test]
+fn a_service_on_ipv6_is_reached_by_name_and_by_address() {
+    if !can_run(&[ROOT, CURL, PYTHON]) {
+        return;
+    }
+    let mut pair = Pair::direct(&["orders"]);
+    let _app = pair.start_app("http_app.py", 8080);
+    let address = format!("[{}]:8080", pair.server.ipv6());
+    pair.weave(&[("orders", 8080)]);
+    pair.publish("orders6", &address);
+    pair.wait_for_name("orders6");
+    for url in [format!("http://{address}/by-address"), "http://orders6/by-name".to_owned()] {
+        let mut curl = pair.client.command("curl");
+        curl.args(["-s", "-S", "-f", "-g", "-m", "10", &url]);
+        output_of(curl);
+    }
+    pair.assert_secured();
+    let log = pair.to.as_ref().unwrap().access_log();
+    for path in ["/by-address", "/by-name"] {
+        let line = log.iter().find(|line| line["path"] == path).unwrap_or_else(|| panic!("{path}: {log:?}"));
+        assert_eq!(line["peer_identity"], identity("web"));
+        assert!(
+            line["peer_address"].as_str().unwrap().starts_with(&format!("[{}]", pair.client.ipv6())),
+            "{line}"
+        );
+    }
+}

@@ -1,0 +1,38 @@
+"""Says bytes to a server and prints all it answers.
+
+usage: say.py HOST PORT [--half-close] BYTES...
+BYTES are Python escapes; `*N` repeats the ones before N times; `?TEXT` waits until TEXT was answered.
+"""
+
+import codecs
+import socket
+import sys
+
+host, port, *rest = sys.argv[1:]
+half_close = "--half-close" in rest
+connection = socket.create_connection((host, int(port)), timeout=15)
+answered = b""
+said = b""
+for word in rest:
+    if word == "--half-close":
+        continue
+    if word.startswith("?"):
+        while word[1:].encode() not in answered:
+            data = connection.recv(65536)
+            if not data:
+                sys.exit(f"closed before {word[1:]!r} was answered: {answered!r}")
+            answered += data
+        continue
+    if word.startswith("*"):
+        said *= int(word[1:]) - 1
+    else:
+        said = codecs.decode(word, "unicode_escape").encode("latin-1")
+    connection.sendall(said)
+if half_close:
+    connection.shutdown(socket.SHUT_WR)
+try:
+    while data := connection.recv(65536):
+        answered += data
+except ConnectionResetError:
+    answered += b"[reset]"
+sys.stdout.buffer.write(answered)

@@ -1,0 +1,220 @@
+//! HTTP/1: curl and hand-written bytes against nginx and an app that tells what it got.
+
+use serde_json::Value;
+use weft_tests::Pod;
+
+use super::pair::{CURL, NGINX, PYTHON, Pair, ROOT, can_run, comparable, curl, headers, say};
+
+/// One command line of curl each.
+const NGINX_CASES: [&str; 15] = [
+    "http://orders:8080/file",
+    "-I http://orders:8080/file",
+    "--http1.0 http://orders:8080/file",
+    "--http1.0 -H Connection:keep-alive http://orders:8080/file",
+    "-r 100-199 http://orders:8080/file",
+    "-H Accept-Encoding:gzip http://orders:8080/file.txt",
+    "http://orders:8080/missing",
+    "http://orders:8080/moved",
+    "-L http://orders:8080/moved",
+    "http://orders:8080/nothing",
+    "-H If-None-Match:\"never\" http://orders:8080/file",
+    "-X OPTIONS http://orders:8080/file",
+    "-X PROPFIND http://orders:8080/file",
+    "http://orders:8080/unavailable",
+    // two requests on one connection
+    "http://orders:8080/file http://orders:8080/file.txt -o /dev/null",
+];
+
+#[test]
+fn what_nginx_answers_over_http1_is_the_same() {
+    if !can_run(&[ROOT, CURL, NGINX]) {
+        return;
+    }
+    let mut pair = Pair::direct(&["orders"]);
+    let www = pair.folder("www");
+    let folder = pair.folder("answers");
+    std::fs::write(www.join("file"), (0..200_000).map(|n: u32| n as u8).collect::<Vec<u8>>()).unwrap();
+    std::fs::write(www.join("file.txt"), "text and more text\n".repeat(5000)).unwrap();
+    let _nginx = pair.start_nginx(
+        &format!(
+            "server {{ listen 8080; root {}; gzip on; gzip_types text/plain; default_type text/plain; absolute_redirect off;
+             location /moved {{ return 301 /file; }} location /nothing {{ return 204; }}
+             location /unavailable {{ return 503; }} }}",
+            www.display()
+        ),
+        8080,
+    );
+    let ask = |pod: &Pod, case: &str| {
+        let words: Vec<&str> = case.split(' ').collect();
+        curl(pod, &folder, &words)
+    };
+    let mut known = ask(&pair.client, "http://orders:8080/file").headers;
+    known.retain(|(name, _)| name == "etag");
+    let conditional = format!("-H If-None-Match:{} http://orders:8080/file", known[0].1);
+    let cases: Vec<&str> = NGINX_CASES.into_iter().chain([&*conditional]).collect();
+    let direct: Vec<_> = cases.iter().map(|case| ask(&pair.client, case)).collect();
+    assert!(direct[0].outcome.starts_with("200 HTTP/1 1 exit 0"), "{:?}", direct[0]);
+    assert!(direct[15].outcome.starts_with("304 "), "{:?}", direct[15]);
+    pair.weave(&[("orders", 8080)]);
+    for (case, direct) in cases.iter().zip(direct) {
+        assert_eq!(ask(&pair.client, case), direct, "curl {case}");
+    }
+    pair.assert_secured();
+}
+
+/// Requests to the app that tells what it got.
+const TOLD_CASES: [&str; 9] = [
+    "http://orders:8080/path/%20%2F?a=b&c=%00#fragment",
+    "-d name=value http://orders:8080/form",
+    "-X PUT --data-binary @BODY http://orders:8080/put",
+    "-X POST -H Transfer-Encoding:chunked --data-binary @BODY http://orders:8080/chunked-upload",
+    "-X POST -H Expect:100-continue --data-binary @BODY http://orders:8080/expect",
+    "-X DELETE http://orders:8080/thing",
+    "-X PURGE -H X-Empty; -H X-Twice:1 -H X-Twice:2 -H Cookie:a=1;b=2 http://orders:8080/headers",
+    "-A agent -u user:password -e http://referer/ http://orders:8080/usual",
+    "-H Host:elsewhere.example:99 http://orders:8080/host",
+];
+
+#[test]
+fn what_an_app_gets_over_http1_is_the_same() {
+    if !can_run(&[ROOT, CURL, PYTHON]) {
+        return;
+    }
+    let mut pair = Pair::direct(&["orders"]);
+    let folder = pair.folder("answers");
+    let upload = folder.join("upload");
+    std::fs::write(&upload, (0..3_000_000_u32).map(|n| (n * 7 >> 3) as u8).collect::<Vec<u8>>()).unwrap();
+    let _app = pair.start_app("http_app.py", 8080);
+    let ask = |pod: &Pod, case: &str| {
+        let case = case.replace("BODY", &upload.display().to_string());
+        let words: Vec<&str> = case.split(' ').collect();
+        let answer = curl(pod, &folder, &words);
+        assert!(answer.outcome.starts_with("200 "), "curl {case}: {answer:?}");
+        let told: Value = serde_json::from_slice(&std::fs::read(folder.join("body")).unwrap()).unwrap();
+        comparable_request(&told)
+    };
+    let direct: Vec<_> = TOLD_CASES.iter().map(|case| ask(&pair.client, case)).collect();
+    pair.weave(&[("orders", 8080)]);
+    for (case, direct) in TOLD_CASES.iter().zip(direct) {
+        assert_eq!(ask(&pair.client, case), direct, "curl {case}");
+    }
+    pair.assert_secured();
+}
+
+/// What the app told of a request, without the documented differences. `Expect` is answered by the first sidecar,
+/// and a chunked body may have become one of known length or the other way round.
+fn comparable_request(told: &Value) -> (Value, Value, Value, Vec<(String, String)>) {
+    let fields = told["fields"].as_array().unwrap().iter();
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let mut fields = comparable(fields.map(|field| (text(&field[0]), text(&field[1]))));
+    fields.retain(|(name, _)| name != "expect" && name != "content-length");
+    (told["request"].clone(), told["sha256"].clone(), told["bytes"].clone(), fields)
+}
+
+#[test]
+fn odd_answers_are_the_same() {
+    if !can_run(&[ROOT, CURL, PYTHON]) {
+        return;
+    }
+    let mut pair = Pair::direct(&["orders"]);
+    let folder = pair.folder("answers");
+    let _app = pair.start_app("http_app.py", 8080);
+    let paths = ["chunked", "until-close", "none", "known", "cookies", "odd"];
+    let ask = |pod: &Pod, path: &str| {
+        let mut answer = curl(pod, &folder, &[&format!("http://orders:8080/{path}")]);
+        // the trailer of `chunked` comes in its own test
+        answer.headers.retain(|(name, _)| name != "x-checksum");
+        answer
+    };
+    let direct = paths.map(|path| ask(&pair.client, path));
+    assert!(direct[5].headers.iter().any(|(name, value)| name == "x-latin" && value == "caf\u{e9}"));
+    pair.weave(&[("orders", 8080)]);
+    for (path, direct) in paths.iter().zip(direct) {
+        assert_eq!(ask(&pair.client, path), direct, "{path}");
+    }
+    pair.assert_secured();
+}
+
+#[test]
+fn pipelining_trailers_connect_and_upgrade() {
+    if !can_run(&[ROOT, PYTHON]) {
+        return;
+    }
+    let mut pair = Pair::direct(&["orders"]);
+    let _app = pair.start_app("http_app.py", 8080);
+    let direct = hand_written(&pair.client);
+    pair.weave(&[("orders", 8080)]);
+    let meshed = hand_written(&pair.client);
+    for ((name, direct), (_, meshed)) in direct.iter().zip(&meshed) {
+        assert_eq!(meshed, direct, "{name}");
+    }
+    pair.assert_secured();
+}
+
+/// Each with what was answered, made comparable.
+fn hand_written(pod: &Pod) -> Vec<(&'static str, Vec<String>)> {
+    let ask = |words: &[&str]| say(pod, "orders", 8080, words);
+    let pipelined = ask(&[
+        r"GET /1 HTTP/1.1\r\nHost: orders\r\n\r\nPOST /2 HTTP/1.1\r\nHost: orders\r\nContent-Length: 3\r\n\r\nabcGET /known HTTP/1.1\r\nHost: orders\r\n\r\nHEAD /4 HTTP/1.1\r\nHost: orders\r\nConnection: close\r\n\r\n",
+    ]);
+    let trailers = ask(&[
+        r"POST /trailers HTTP/1.1\r\nHost: orders\r\nTE: trailers\r\nTransfer-Encoding: chunked\r\nTrailer: X-Sum\r\nConnection: close\r\n\r\n3\r\nabc\r\n0\r\nX-Sum: 7\r\n\r\n",
+    ]);
+    let answered_trailers =
+        ask(&[r"GET /chunked HTTP/1.1\r\nHost: orders\r\nTE: trailers\r\nConnection: TE, close\r\n\r\n"]);
+    let old = ask(&[r"GET /old HTTP/1.0\r\n\r\n"]);
+    let connect = ask(&[
+        "--half-close",
+        r"CONNECT inside:80 HTTP/1.1\r\nHost: inside:80\r\n\r\n",
+        "?200",
+        r"shout ",
+        "?SHOUT",
+        "more",
+    ]);
+    let upgrade = ask(&[
+        "--half-close",
+        r"GET /up HTTP/1.1\r\nHost: orders\r\nConnection: Upgrade\r\nUpgrade: shout\r\n\r\nat once ",
+        "?AT ONCE",
+        "more",
+    ]);
+    vec![
+        ("pipelined", answers(&pipelined)),
+        ("trailers of a request", told_trailers(&trailers)),
+        (
+            "trailers of an answer",
+            vec![answered_trailers.lines().filter(|line| line.to_lowercase() == "x-checksum: 42").collect()],
+        ),
+        ("HTTP/1.0 without a host", answers(&old)),
+        ("CONNECT", after_head(&connect)),
+        ("Upgrade", after_head(&upgrade)),
+    ]
+}
+
+/// Status and path or header of each answer.
+fn answers(text: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    for line in text.split("\r\n") {
+        if let Some((_, status)) = line.split_once("HTTP/1.") {
+            // the version of a status line is the server's own
+            found.push(status.split(' ').nth(1).unwrap_or_default().to_owned());
+        }
+        if line.starts_with("{") {
+            let told: Value = serde_json::Deserializer::from_str(line).into_iter().next().unwrap().unwrap();
+            found.push(format!("{} {}", told["request"][1], told["sha256"]));
+        }
+    }
+    found
+}
+
+fn told_trailers(text: &str) -> Vec<String> {
+    let body = text.split("\r\n\r\n").nth(1).unwrap_or_default();
+    let told: Value = serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {text}"));
+    vec![told["trailers"].to_string().to_lowercase(), told["sha256"].to_string()]
+}
+
+/// The status and what came after the head.
+fn after_head(text: &str) -> Vec<String> {
+    let (head, rest) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no head in {text:?}"));
+    let status = head.split(' ').nth(1).unwrap_or_default().to_owned();
+    vec![status, format!("{:?}", headers(head.as_bytes())), rest.to_owned()]
+}
