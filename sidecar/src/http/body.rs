@@ -41,7 +41,7 @@ enum Source {
 }
 
 /// How a body ended.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Ended {
     /// Data bytes that went through.
     pub bytes: u64,
@@ -52,7 +52,7 @@ pub struct Ended {
 }
 
 /// In which way a body ended.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum BodyEnd {
     /// All of it was passed on.
     Complete,
@@ -77,10 +77,16 @@ impl Body {
         Body::of(Source::Replay(body))
     }
 
-    /// Has `observer` called when this body has ended, in the task of whoever reads it.
+    /// Has `observer` called when this body has ended, in the task of whoever reads it. An answer of the app to
+    /// itself is observed by both stories: the earlier observer is called first.
     pub fn observed(mut self, observer: impl FnOnce(Ended) + Send + 'static) -> Self {
-        debug_assert!(self.observer.is_none(), "a body has one observer");
-        self.observer = Some(Box::new(observer));
+        self.observer = Some(match self.observer.take() {
+            None => Box::new(observer),
+            Some(earlier) => Box::new(move |ended: Ended| {
+                earlier(ended.clone());
+                observer(ended);
+            }),
+        });
         self
     }
 
