@@ -276,6 +276,7 @@ fn nothing_outlives_the_sidecar_or_the_command() {
 
         // the helper is killed: the command cannot go on without it, and the sidecar hears of it
         let mut outside = programs.outside(uid, &[], "echo own $$; exec sleep 1003");
+        outside.wait_for_line("started");
         let line = outside.wait_for_line("own ");
         let own = Pid::from_raw(line["own ".len()..].parse().expect("a process id"));
         kill(children(outside.id())[0], Signal::SIGKILL).expect("the helper");
