@@ -121,6 +121,19 @@ impl Netns {
         &self.name
     }
 
+    /// Runs something in this namespace: sockets made there belong to it, wherever they are used afterwards.
+    ///
+    /// # Panics
+    /// If it panics, or the namespace cannot be entered.
+    pub fn inside<T: Send>(&self, run: impl FnOnce() -> T + Send) -> T {
+        let file =
+            fs::File::open(Path::new("/var/run/netns").join(&self.name)).expect("the namespace's file");
+        let enter = || nix::sched::setns(&file, nix::sched::CloneFlags::CLONE_NEWNET).expect("setns");
+        // a thread of its own, as the namespace is the thread's
+        let ran = std::thread::scope(|scope| scope.spawn(|| (enter(), run()).1).join());
+        ran.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
     /// The processes in it.
     pub fn processes(&self) -> Vec<Pid> {
         processes(&self.name)
@@ -185,6 +198,14 @@ impl Pod {
     /// Its IPv6 address.
     pub fn ipv6(&self) -> IpAddr {
         self.ipv6.into()
+    }
+
+    /// As [`Netns::inside`].
+    ///
+    /// # Panics
+    /// If it panics, or the namespace cannot be entered.
+    pub fn inside<T: Send>(&self, run: impl FnOnce() -> T + Send) -> T {
+        self.netns.inside(run)
     }
 
     /// As [`Netns::command`].

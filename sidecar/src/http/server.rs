@@ -205,6 +205,7 @@ fn http1(limits: &HttpLimits, timer: HeadTimer) -> hyper::server::conn::http1::B
         .max_buf_size(limits.header_bytes.max(MIN_BUFFER))
         .title_case_headers(true)
         .auto_date_header(false);
+    // Not `pipeline_flush`: it holds back the last answer of a connection that ends with bytes left unread.
     builder
 }
 

@@ -1,0 +1,9 @@
+//! What strangers send: requests that two parsers could read differently, and floods. Raw sockets into running
+//! sidecars in pods, and an app that records the exact bytes it gets.
+
+#[path = "strangers/framing.rs"]
+mod framing;
+#[path = "strangers/limits.rs"]
+mod limits;
+#[path = "strangers/wire.rs"]
+mod wire;
