@@ -199,6 +199,33 @@ impl Mesh {
         let mut apply = pod.command(&self.sidecar);
         apply.args(["redirect", "apply"]);
         output_of(apply);
+        let mut run = pod.command_as(SIDECAR_UID, &self.sidecar);
+        let folder = self.arguments(&mut run, "run", pod, service, flags);
+        run.envs(variables.iter().copied());
+        let process = Process::start(&format!("sidecar of {service}"), run);
+        Sidecar { process, folder, address: pod.ipv4() }
+    }
+}
+
+impl Mesh {
+    /// Runs a command under `weft-sidecar exec`, as an ordinary user, and waits until the sidecar is ready. The
+    /// pod stands for a host: it needs no rules.
+    ///
+    /// # Panics
+    /// If it does not become ready.
+    pub fn exec(&self, pod: &Pod, service: &str, flags: &[&str], command: &[&str]) -> Sidecar {
+        let mut exec = pod.command_as(SIDECAR_UID, &self.sidecar);
+        let folder = self.arguments(&mut exec, "exec", pod, service, flags);
+        exec.args(["--admin", "0.0.0.0:15020"]);
+        exec.arg("--").args(command).current_dir("/");
+        let process = Process::start(&format!("exec of {service}"), exec);
+        let sidecar = Sidecar { process, folder, address: pod.ipv4() };
+        sidecar.wait_until_ready(pod);
+        sidecar
+    }
+
+    /// Gives a command line its arguments, and the sidecar its folder.
+    fn arguments(&self, run: &mut Command, word: &str, pod: &Pod, service: &str, flags: &[&str]) -> PathBuf {
         let folder = self.network.folder().join(pod.netns().name());
         if !folder.exists() {
             fs::create_dir(&folder).expect("a folder for the sidecar");
@@ -206,15 +233,12 @@ impl Mesh {
         }
         let socket = folder.join("admin.sock").display().to_string();
         let advertise = pod.ipv4().to_string();
-        let mut run = pod.command_as(SIDECAR_UID, &self.sidecar);
-        run.arg("run");
+        run.arg(word);
         for pair in self.membership(service).chunks(2).filter(|pair| !flags.contains(&pair[0].as_str())) {
             run.args(pair);
         }
         run.args(["--admin-socket", &socket, "--advertise", &advertise]).args(flags);
-        run.envs(variables.iter().copied());
-        let process = Process::start(&format!("sidecar of {service}"), run);
-        Sidecar { process, folder, address: pod.ipv4() }
+        folder
     }
 }
 

@@ -1,11 +1,9 @@
 //! What nobody reaches from another host: what the app keeps to its loopback, the explicit upstreams, and the
 //! sidecar's own ports; over IPv4 and IPv6, as a stranger and as a peer, in a pod and with `exec`.
 
-use std::{os::unix::fs::PermissionsExt, path::Path};
+use std::os::unix::fs::PermissionsExt;
 
-use weft_tests::{
-    Forged, Forger, Mesh, Process, can_run, identity, output_of, program, program_for_everyone, until,
-};
+use weft_tests::{Forged, Forger, Mesh, can_run, identity, output_of, program, program_for_everyone, until};
 
 use super::scene::{NEEDS, Scene, curl, peer, start_app};
 
@@ -134,25 +132,12 @@ fn of_a_command_under_exec_only_the_registered_port_is_reached() {
     let mesh = Mesh::new();
     let (server, stranger) = (mesh.network.pod("server"), mesh.network.pod("stranger"));
     let (_peer_folder, peer_program) = program_for_everyone(&program("mesh-peer"));
-    let (_folder, sidecar) = program_for_everyone(&program("weft-sidecar"));
-    let home = mesh.network.folder().join("exec");
-    std::fs::create_dir(&home).unwrap();
-    let token = home.join("token");
-    std::fs::copy(mesh.token("orders"), &token).unwrap();
-    for path in [&home, &token] {
-        nix::unistd::chown(path.as_path(), Some(USER.into()), Some(USER.into())).unwrap();
-    }
-    let mut exec = server.command_as(USER, &sidecar);
-    exec.arg("exec");
-    for pair in mesh.membership("orders").chunks(2).filter(|pair| pair[0] != "--token-file") {
-        exec.args(pair);
-    }
-    exec.arg("--token-file").arg(&token).arg("--admin-socket").arg(home.join("admin.sock"));
-    exec.args(["--port", "8080", "--upstream", "127.0.0.1:7777=orders"]);
-    exec.args(["--advertise", &server.ipv4().to_string(), "--"]);
-    exec.arg(&peer_program).args(["app", "127.0.0.1:8080", "0.0.0.0:9999"]).current_dir("/");
-    let mut exec = Process::start("exec", exec);
-    exec.wait_for_line("serving");
+    let exec = mesh.exec(
+        &server,
+        "orders",
+        &["--port", "8080", "--upstream", "127.0.0.1:7777=orders"],
+        &[&peer_program.display().to_string(), "app", "127.0.0.1:8080", "0.0.0.0:9999"],
+    );
     let address = |port: u16| format!("{}:{port}", server.ipv4());
     until("the registered port answers", || {
         peer(
@@ -162,13 +147,13 @@ fn of_a_command_under_exec_only_the_registered_port_is_reached() {
         .contains("200 OK")
     });
     let accepted = |log: &str| log.lines().filter(|line| *line == "accepted").count();
-    let before = accepted(&exec.log());
+    let before = accepted(&exec.process.log());
     for port in [PRIVATE, UPSTREAM, OUTBOUND, INBOUND, DNS] {
         for host in [server.ipv4(), server.ipv6()] {
             let said = peer(&stranger, &["say", &std::net::SocketAddr::new(host, port).to_string(), WORD]);
             assert!(said.contains("refused") && !said.contains("connected"), "{host} {port}: {said}");
         }
     }
-    assert_eq!(accepted(&exec.log()), before, "{}", exec.log());
-    assert!(Path::new(&home.join("admin.sock")).exists());
+    assert_eq!(accepted(&exec.process.log()), before, "{}", exec.process.log());
+    assert_eq!(exec.socket().metadata().unwrap().permissions().mode() & 0o777, 0o600);
 }
