@@ -21,7 +21,7 @@ use tokio::{
 };
 
 use crate::{
-    connect::{Connector, Pool, Security, trust_ended},
+    connect::{self, Connector, Key, Lease, Pool, Security, trust_ended},
     detect::{self, FirstToSpeak, Heard, Hello, ReadAhead},
     drain::Draining,
     http::{self, HttpLimits, Upgrade},
@@ -256,6 +256,16 @@ impl Inbound {
     pub async fn connect_own(&self, arrival: &Arrival) -> Result<Stream> {
         self.permit(arrival)?;
         self.connect_app(arrival).await
+    }
+
+    /// The same for a request that may stop being HTTP.
+    ///
+    /// # Errors
+    /// As for a request from outside.
+    pub async fn lend_own(&self, arrival: &Arrival) -> Result<Lease> {
+        self.permit(arrival)?;
+        let key = Key { address: arrival.app, security: Security::Plain, version: HttpVersion::Http1 };
+        connect::one_off(&self.connector, &key, APP_TIMEOUT).await.map_err(as_app)
     }
 
     fn permit(&self, arrival: &Arrival) -> Result<Permit> {

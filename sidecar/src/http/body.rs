@@ -31,7 +31,7 @@ pub struct Body {
 }
 
 /// Called once, when the body has ended.
-type Observer = Box<dyn FnOnce(Ended) + Send>;
+type Observer = Box<dyn FnOnce(&Ended) + Send>;
 
 enum Source {
     Empty,
@@ -77,22 +77,24 @@ impl Body {
         Body::of(Source::Replay(body))
     }
 
-    /// Has `observer` called when this body has ended, in the task of whoever reads it. An answer of the app to
-    /// itself is observed by both stories: the earlier observer is called first.
-    pub fn observed(mut self, observer: impl FnOnce(Ended) + Send + 'static) -> Self {
+    /// Has `observer` called when this body has ended, in the task of whoever reads it. Of several the first comes
+    /// first: in a call of the app to itself both stories observe one body.
+    pub fn observed(mut self, observer: impl FnOnce(&Ended) + Send + 'static) -> Self {
         self.observer = Some(match self.observer.take() {
             None => Box::new(observer),
-            Some(earlier) => Box::new(move |ended: Ended| {
-                earlier(ended.clone());
+            Some(first) => Box::new(move |ended| {
+                first(ended);
                 observer(ended);
             }),
         });
         self
     }
 
-    /// Breaks off at that time, if it has not ended by then.
+    /// Breaks off at that time, if it has not ended by then. Of several times the earliest counts.
     pub fn until(mut self, deadline: Option<Instant>) -> Self {
-        self.deadline = deadline.filter(|_| !self.source.is_end()).map(|at| Box::pin(sleep_until(at)));
+        let known = self.deadline.as_ref().map(|sleep| sleep.deadline());
+        let earliest = [known, deadline].into_iter().flatten().min();
+        self.deadline = earliest.filter(|_| !self.source.is_end()).map(|at| Box::pin(sleep_until(at)));
         self
     }
 
@@ -124,7 +126,7 @@ impl Body {
 
     fn ended(&mut self, how: BodyEnd) {
         if let Some(observer) = self.observer.take() {
-            observer(Ended { bytes: self.bytes, grpc_status: self.grpc_status, how });
+            observer(&Ended { bytes: self.bytes, grpc_status: self.grpc_status, how });
         }
     }
 }

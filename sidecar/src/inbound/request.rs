@@ -183,7 +183,7 @@ fn observed(answered: Answered, mut record: Record) -> Response<Body> {
     headers::remove_ours(&mut head.headers);
     head.version = Version::HTTP_11;
     let body = Body::from(body).until(deadline).observed(move |ended| {
-        http::end_answer(&mut record, &ended);
+        http::end_answer(&mut record, ended);
         if matches!(ended.how, BodyEnd::Complete) {
             in_use.finished();
         }

@@ -18,7 +18,7 @@ use weft_proto::names;
 use super::{Known, Outbound, Target, Upstream};
 use crate::{
     balance::Picked,
-    connect::{self, InUse, Key, Security, SendFailed},
+    connect::{self, InUse, Key, Lease, Security, SendFailed},
     http::{self, Body, BodyEnd, Replay, Upgrade, headers, left_http},
     inbound::{Arrival, Caller},
     model::{Failed, Failure, HttpVersion, Protocol, Result},
@@ -253,9 +253,7 @@ impl Outbound {
             let mut picked = upstream.pick(only, &tried, Instant::now())?;
             let endpoint = picked.address();
             let span = record.attempt(endpoint, (!tried.is_empty()).then_some("unprocessed"));
-            let key =
-                Key { address: endpoint, security: known.security.clone(), version: HttpVersion::Http1 };
-            match connect::one_off(&self.connector, &key, known.policy.timeouts.connect).await {
+            match self.dial_for_upgrade(endpoint, known).await {
                 Ok(lease) => break (lease, picked, span),
                 Err(failed) => {
                     picked.failed(Instant::now());
@@ -297,6 +295,16 @@ impl Outbound {
             deadline: None,
             left_http: false,
         })
+    }
+}
+
+impl Outbound {
+    async fn dial_for_upgrade(&self, endpoint: SocketAddr, known: &Known) -> Result<Lease> {
+        if let Some(arrival) = self.own_arrival(endpoint) {
+            return self.inbound.lend_own(&arrival).await;
+        }
+        let key = Key { address: endpoint, security: known.security.clone(), version: HttpVersion::Http1 };
+        connect::one_off(&self.connector, &key, known.policy.timeouts.connect).await
     }
 }
 
@@ -377,7 +385,7 @@ fn observed(answered: Answered, mut record: Record, place: OwnedSemaphorePermit)
     }
     head.version = Version::HTTP_11;
     let body = body.until(deadline).observed(move |ended| {
-        http::end_answer(&mut record, &ended);
+        http::end_answer(&mut record, ended);
         if let (BodyEnd::Complete, Some(in_use)) = (&ended.how, in_use) {
             in_use.finished();
         }
