@@ -101,11 +101,13 @@ fn what_an_app_gets_over_http1_is_the_same() {
     pair.assert_secured();
 }
 
-/// What the app told of a request, without the documented differences.
+/// The method, target and body that the app got, and the fields without the documented differences.
 fn comparable_request(told: &Value) -> (Value, Value, Value, Vec<(String, String)>) {
     let text = |value: &Value| value.as_str().unwrap().to_owned();
     let fields = told["fields"].as_array().unwrap().iter();
-    let fields = comparable(fields.map(|field| (text(&field[0]), text(&field[1]))));
+    let mut fields = comparable(fields.map(|field| (text(&field[0]), text(&field[1]))));
+    // a request that says nothing of its length has none; a hop may say so
+    fields.retain(|(name, value)| !(name == "content-length" && value == "0"));
     (told["request"].clone(), told["sha256"].clone(), told["bytes"].clone(), fields)
 }
 

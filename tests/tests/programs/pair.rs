@@ -13,16 +13,30 @@ pub const CURL: Need = Need::Program("curl", "curl");
 pub const NGINX: Need = Need::Program("nginx", "nginx-light");
 pub const PYTHON: Need = Need::Program("python3", "python3");
 
-/// What a header may say differently through two sidecars, and why.
+/// Header fields that may differ through two sidecars, and why: the table of docs/differences.md.
 pub const DOCUMENTED_DIFFERENCES: [(&str, &str); 7] = [
-    ("connection", "belongs to one hop; an app may close its connection, and the sidecar keeps the client's"),
+    (
+        "connection",
+        "belongs to one hop; the sidecar keeps its clients' connections where an app would close them",
+    ),
     ("keep-alive", "belongs to one hop"),
-    ("transfer-encoding", "belongs to one hop: a body of unknown length is framed anew for HTTP/1.1"),
-    ("trailer", "announces trailers of one hop's framing"),
-    ("date", "time has passed between the two answers"),
-    ("traceparent", "a trace is started where there is none"),
+    ("transfer-encoding", "belongs to one hop: a body of unknown length is framed anew"),
     ("te", "belongs to one hop, apart from `trailers`"),
+    ("trailer", "announces the trailers of one hop's framing"),
+    ("traceparent", "a trace is started where there is none"),
+    ("date", "time has passed; it is the app's own"),
 ];
+
+#[test]
+fn the_differences_are_documented() {
+    let docs = include_str!("../../../docs/differences.md");
+    for (name, reason) in DOCUMENTED_DIFFERENCES {
+        assert!(
+            docs.contains(&format!("| `{name}` | {reason} |\n")),
+            "docs/differences.md lacks `{name}`: {reason}"
+        );
+    }
+}
 
 /// A client and a server with the same service account names in every test: `web` calls `orders`.
 pub struct Pair {
