@@ -53,13 +53,13 @@ class Story:
                 mesh.launch(mesh.workloads[name])
             for name in group:
                 mesh.wait_for(mesh.workloads[name])
-        print(dim(f"    {'workload':10}{'program':29}{'reached at':22}identity that its certificate proves"))
+        print(dim(f"    {'workload':10}{'program':23}{'reached at':21}identity that its certificate proves"))
         for workload in mesh.workloads.values():
             proven = (mesh.show(workload, "certificate") or {}).get("id")
-            print(f"    {workload.instance:10}{workload.program:29}{workload.endpoint():22}{proven}")
+            print(f"    {workload.instance:10}{workload.program:23}{workload.endpoint():21}{proven}")
             if proven != identity(workload.service):
                 self.check(False, f"{workload.instance} has its identity", f"it has {proven}")
-        print(f"    {'visitor':10}{'curl':29}{'(nobody calls it)':22}{identity('visitor')}")
+        print(f"    {'visitor':10}{'curl':23}{'(nobody calls it)':21}{identity('visitor')}")
 
     # --- 2 ---------------------------------------------------------------------------------------------------
 
@@ -73,7 +73,7 @@ class Story:
         except ValueError:
             content = {}
         self.check(content.get("visits") == 1 and "item" in content, "nginx, Python, nginx and redis answered together")
-        trace = self.mesh.visitor_access()[-1]["trace_id"]
+        trace = next(line["trace_id"] for line in self.mesh.visitor_access() if line["kind"] == "request")
         spans = self.complete_trace(trace, CALM_SPANS)
         self.hops(spans)
         print("\n    The trace, as each sidecar reported its part:\n")
@@ -147,6 +147,7 @@ class Story:
 
     def strangers(self):
         self.title("3. Strangers at the door")
+        all_refused = True
         for name in ("web", "stock", "orders-2", "redis"):
             workload = self.mesh.workloads[name]
             version, proven = version_of(workload, self.mesh.roots)
@@ -160,9 +161,9 @@ class Story:
             self.check(version == "1.3" and proven == identity(workload.service), text)
             if let_in:
                 self.check(False, f"{name} refuses strangers", f"it answered {', '.join(let_in)}")
-        self.check(True, "each refused a caller without a certificate of the mesh, TLS 1.2, and plaintext") if not any(
-            "refuses" in wrong for wrong in self.wrong
-        ) else None
+            all_refused &= not let_in
+        if all_refused:
+            self.check(True, "each refused a caller without a certificate of the mesh, TLS 1.2, and plaintext")
 
     # --- 4 ---------------------------------------------------------------------------------------------------
 
@@ -191,6 +192,8 @@ class Story:
                 ends = {span.get("weft.endpoint"): span for span in attempts}
                 if trace in known or set(ends) != {victim.endpoint(), survivor.endpoint()} or not root_of(spans):
                     continue
+                if not any(span.workload == "stock" for span in spans):
+                    continue
                 if ends[victim.endpoint()].get("weft.failure") and ends[survivor.endpoint()].outcome() == "200":
                     # one that was under way tells more than one that was refused
                     if best is None or ends[victim.endpoint()].get("weft.failure") != "connect_refused":
@@ -204,15 +207,18 @@ class Story:
         # the spans of the last batch
         time.sleep(0.5)
         spans = found()
-        root, attempts = root_of(spans), [span for span in spans if span.is_attempt() and span.get("weft.service") == "orders"]
+        if not spans:
+            return self.check(False, "the trace of the retry is one tree")
+        root = root_of(spans)
+        attempts = [span for span in spans if span.is_attempt() and span.get("weft.service") == "orders"]
         print("\n    One of those that met the dead instance:\n")
         show_tree(spans)
         failed = next(span for span in attempts if span.get("weft.endpoint") == victim.endpoint())
         again = next(span for span in attempts if span.get("weft.endpoint") == survivor.endpoint())
         self.check(
             root.get("http.response.status_code") == 200 and again.get("weft.retry.reason") is not None,
-            f"attempt {failed.get('weft.attempt')} at {victim.endpoint()} failed ({failed.get('weft.failure')}), "
-            f"attempt {again.get('weft.attempt')} at {survivor.endpoint()} gave 200",
+            f"attempt {failed.get('weft.attempt')} at {victim.endpoint()}: {failed.get('weft.failure')}; "
+            f"attempt {again.get('weft.attempt')} at {survivor.endpoint()}: 200",
         )
         self.shown.append(root.trace)
 
@@ -233,14 +239,14 @@ class Story:
         print(f"\n    Metrics of web's sidecar that moved (http://{self.mesh.workloads['web'].address}:15020/metrics):\n")
         for name, labels in rows:
             shown = name + ("{" + ", ".join(f'{key}="{value}"' for key, value in labels.items()) + "}" if labels else "")
-            print(f"    {shown:74}{total(before, name, **labels):7.0f} → {total(after, name, **labels):.0f}")
+            print(f"    {shown:77}{total(before, name, **labels):6.0f} → {total(after, name, **labels):.0f}")
         rise = lambda name, **labels: total(after, name, **labels) - total(before, name, **labels)  # noqa: E731
         took = rise("weft_request_duration_seconds_sum", direction="outbound", service="orders")
         count = rise("weft_request_duration_seconds_count", direction="outbound", service="orders")
         print(dim(f"    mean time of a call of orders: {took / max(1, count) * 1000:.1f} ms"))
         requests = rise("weft_requests_total", direction="outbound", service="orders", code="200")
         retries = rise("weft_attempts_total", service="orders", outcome="retry")
-        self.check(requests == REQUESTS and retries > 0, f"web counted {requests:.0f} good requests and {retries:.0f} retries")
+        self.check(requests >= REQUESTS and retries > 0, f"web counted {requests:.0f} good requests and {retries:.0f} retries")
 
     # --- the end ---------------------------------------------------------------------------------------------
 
@@ -385,7 +391,7 @@ def main():
         story.kill_under_load()
         path = story.traces_out(given.trace_file, given.otlp)
         code = 1 if story.wrong else 0
-        if given.stay and not code:
+        if given.stay:
             story.stay(path)
     except Failed as failed:
         print(red(f"demo: {failed}"), file=sys.stderr)

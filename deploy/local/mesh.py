@@ -131,7 +131,7 @@ class Mesh:
 
     def plan(self):
         orders = ["python3", "-B", os.path.join(HERE, "orders.py")]
-        python = "Python http.server, orders.py"
+        python = "Python's http.server"
         nginx = [shutil.which("nginx") or "nginx", "-c"]
         redis = ["redis-server", self.path("redis.conf")]
         return {

@@ -37,6 +37,7 @@ def count_visit(number):
 
 class Orders(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = 64 * 1024  # head and body in one packet, as any server for more than a demo does
 
     def do_GET(self):
         try:
