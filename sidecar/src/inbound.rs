@@ -113,18 +113,14 @@ impl Inbound {
             return Ok(());
         }
         self.delivery.check_plaintext(arrival.meant, &ahead)?;
-        let declared = self.delivery.protocol();
-        match (declared, ahead.heard) {
+        let protocol = match (self.delivery.protocol(), ahead.heard) {
             (None, Heard::Silence) if ahead.bytes.is_empty() => {
-                Box::pin(self.silent(stream, arrival, draining, record)).await
+                return Box::pin(self.silent(stream, arrival, draining, record)).await;
             }
-            (None, Heard::Protocol(protocol)) => {
-                self.carry(stream, protocol, arrival, draining, record).await
-            }
-            (declared, _) => {
-                self.carry(stream, declared.unwrap_or(Protocol::Opaque), arrival, draining, record).await
-            }
-        }
+            (None, Heard::Protocol(protocol)) => protocol,
+            (declared, _) => declared.unwrap_or(Protocol::Opaque),
+        };
+        self.carry(stream, protocol, arrival, draining, record).await
     }
 
     /// Mutual TLS of the mesh ends here.
@@ -194,11 +190,15 @@ impl Inbound {
             FirstToSpeak::Server => {
                 self.permit(&arrival)?;
                 record.opened(security(&arrival.caller, Protocol::Opaque), Protocol::Opaque);
-                copy(stream, app, record).await
+                tokio::select! {
+                    ended = copy(stream, app, record) => ended,
+                    () = self.delivery.turned_strict(arrival.meant.port()) => Err(plaintext_is_over(arrival.meant)),
+                }
             }
         }
     }
 
+    /// Plaintext, as long as it is taken.
     async fn carry(
         self: &Arc<Self>,
         stream: Stream,
@@ -208,11 +208,32 @@ impl Inbound {
         record: &mut telemetry::Connection,
     ) -> Result<()> {
         record.opened(security(&arrival.caller, protocol), protocol);
+        let meant = arrival.meant;
         match protocol.http() {
             Some(version) => {
-                self.serve(stream, version, arrival, record, async { draining.started().await }).await
+                // Boxed, as they are of plaintext only and a connection's future is to stay small.
+                let stop = Box::pin(async {
+                    tokio::select! {
+                        () = draining.started() => {}
+                        () = self.delivery.turned_strict(meant.port()) => {}
+                    }
+                });
+                let cut = Box::pin(async {
+                    self.delivery.turned_strict(meant.port()).await;
+                    tokio::time::sleep(self.drain_timeout).await;
+                });
+                tokio::select! {
+                    ended = self.serve(stream, version, arrival, record, stop) => ended,
+                    () = cut => Err(plaintext_is_over(meant)),
+                }
             }
-            None => self.forward(stream, protocol, arrival, record).await,
+            None => {
+                let strict = Box::pin(self.delivery.turned_strict(meant.port()));
+                tokio::select! {
+                    ended = self.forward(stream, protocol, arrival, record) => ended,
+                    () = strict => Err(plaintext_is_over(meant)),
+                }
+            }
         }
     }
 
@@ -316,6 +337,11 @@ async fn cut_after(
 ) {
     trust_ended(peer, credentials, Duration::ZERO).await;
     tokio::time::sleep(drain_timeout).await;
+}
+
+fn plaintext_is_over(meant: SocketAddr) -> Failed {
+    let detail = format!("{meant} takes mutual TLS of the mesh only, since its policy changed");
+    Failed::new(Failure::PlaintextRefused, detail)
 }
 
 fn trust_is_over(peer: &VerifiedPeer) -> Failed {

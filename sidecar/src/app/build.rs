@@ -63,19 +63,19 @@ impl Parts {
         let log = init_log(&config.log, if config.log_json { LogFormat::Json } else { LogFormat::Text })?;
         let (telemetry, span_export) = telemetry(&config)?;
         let advertised = advertised_address(&config)?;
+        let (policies_sender, policies) = watch::channel(Arc::new(Policies::default()));
         let (command, app_dialer, mut sockets) = match place {
-            Place::Host => (None, Dialer::Direct, host_sockets(&config, advertised)?),
+            Place::Host => (None, Dialer::Direct, host_sockets(&config, &policies, advertised)?),
             Place::Namespace(words) => {
                 let (namespace, inside) = command::start(&config, &words)?;
                 let dialer = command::dialer(&namespace);
-                (Some(namespace), dialer, namespace_sockets(&config, advertised, inside)?)
+                (Some(namespace), dialer, namespace_sockets(&config, &policies, advertised, inside)?)
             }
         };
         sockets.delivery.own_ports.push(sockets.admin.local_addr()?.port());
         let (credentials_sender, credentials) = watch::channel(None);
         let (status_sender, identity_status) = watch::channel(identity::Status::default());
         let (directory_sender, directory) = watch::channel(Arc::new(Directory::default()));
-        let (policies_sender, policies) = watch::channel(Arc::new(Policies::default()));
         let default_policy = Policy {
             timeouts: Timeouts { connect: config.connect_timeout, ..Timeouts::default() },
             ..Policy::default()
@@ -152,7 +152,11 @@ fn virtual_addresses(config: &Config) -> VirtualAddresses {
 }
 
 /// Sockets of a sidecar that shares its network with the app.
-fn host_sockets(config: &Config, advertised: IpAddr) -> Result<Sockets> {
+fn host_sockets(
+    config: &Config,
+    policies: &watch::Receiver<Arc<Policies>>,
+    advertised: IpAddr,
+) -> Result<Sockets> {
     let ports = &config.ports;
     let mut workers = Vec::new();
     for _ in 0..config.limits.workers {
@@ -184,14 +188,19 @@ fn host_sockets(config: &Config, advertised: IpAddr) -> Result<Sockets> {
         dns_tcp,
         admin: net::listen(ports.admin).with_context(|| taken(ports.admin, "admin"))?,
         admin_socket: listen_private(&ports.admin_socket)?,
-        delivery: delivery(config, Meaning::Redirected, addresses),
+        delivery: delivery(config, policies, Meaning::Redirected, addresses),
         advertised,
     })
 }
 
 /// Sockets of a sidecar whose app has a network of its own: ours stand at the advertised address, the app's
 /// were made inside.
-fn namespace_sockets(config: &Config, advertised: IpAddr, inside: InsideListeners) -> Result<Sockets> {
+fn namespace_sockets(
+    config: &Config,
+    policies: &watch::Receiver<Arc<Policies>>,
+    advertised: IpAddr,
+    inside: InsideListeners,
+) -> Result<Sockets> {
     let mut workers = Vec::new();
     for _ in 0..config.limits.workers {
         let mut listeners = Listeners::default();
@@ -215,12 +224,17 @@ fn namespace_sockets(config: &Config, advertised: IpAddr, inside: InsideListener
         dns_tcp: inside.dns_tcp,
         admin: net::listen(admin).with_context(|| taken(admin, "admin"))?,
         admin_socket: listen_private(&config.ports.admin_socket)?,
-        delivery: delivery(config, Meaning::Listener, vec![advertised]),
+        delivery: delivery(config, policies, Meaning::Listener, vec![advertised]),
         advertised,
     })
 }
 
-fn delivery(config: &Config, meaning: Meaning, addresses: Vec<IpAddr>) -> Delivery {
+fn delivery(
+    config: &Config,
+    policies: &watch::Receiver<Arc<Policies>>,
+    meaning: Meaning,
+    addresses: Vec<IpAddr>,
+) -> Delivery {
     Delivery {
         meaning,
         addresses,
@@ -229,6 +243,8 @@ fn delivery(config: &Config, meaning: Meaning, addresses: Vec<IpAddr>) -> Delive
         protocol: config.app.protocol,
         mutual_tls: config.app.mutual_tls,
         mutual_tls_ports: config.app.mutual_tls_ports.clone(),
+        service: config.own.service.clone(),
+        policies: policies.clone(),
     }
 }
 

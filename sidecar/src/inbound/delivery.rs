@@ -3,13 +3,15 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
 };
 
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, sync::watch};
 
 use crate::{
     detect::{Heard, ReadAhead},
-    model::{Failed, Failure, MutualTls, Protocol, Result},
+    discovery::policies::Policies,
+    model::{Failed, Failure, MutualTls, Protocol, Result, ServiceName},
     net,
 };
 
@@ -24,12 +26,16 @@ pub struct Delivery {
     pub own_ports: Vec<u16>,
     /// Ports that the workload registers: delivered to the app's loopback.
     pub ports: Vec<u16>,
-    /// What the app speaks, where declared.
+    /// What the app speaks, where the settings declare it.
     pub protocol: Option<Protocol>,
-    /// Is plaintext taken?
+    /// Is plaintext taken, by the settings?
     pub mutual_tls: MutualTls,
-    /// The same for single ports.
+    /// The same for single ports; these win over the policy.
     pub mutual_tls_ports: BTreeMap<u16, MutualTls>,
+    /// This workload's service.
+    pub service: ServiceName,
+    /// Its policy wins over the settings of the workload as a whole.
+    pub policies: watch::Receiver<Arc<Policies>>,
 }
 
 /// How a connection says where it was meant to go.
@@ -82,12 +88,24 @@ impl Delivery {
 
     /// What the app speaks, where declared.
     pub(super) fn protocol(&self) -> Option<Protocol> {
-        self.protocol
+        self.policies.borrow().get(&self.service).and_then(|policy| policy.protocol).or(self.protocol)
     }
 
-    /// The mode of a port.
+    /// The mode of a port now.
     pub fn mutual_tls(&self, port: u16) -> MutualTls {
-        self.mutual_tls_ports.get(&port).copied().unwrap_or(self.mutual_tls)
+        let by_policy = || self.policies.borrow().get(&self.service).and_then(|policy| policy.mutual_tls);
+        self.mutual_tls_ports.get(&port).copied().or_else(by_policy).unwrap_or(self.mutual_tls)
+    }
+
+    /// Resolves when plaintext is no longer taken on this port.
+    pub(super) async fn turned_strict(&self, port: u16) {
+        let mut policies = self.policies.clone();
+        while self.mutual_tls(port) != MutualTls::Strict {
+            if policies.changed().await.is_err() {
+                // Nobody changes it any more: the process is ending.
+                return std::future::pending().await;
+            }
+        }
     }
 
     /// Refuses what is not mutual TLS of the mesh where only that is taken.

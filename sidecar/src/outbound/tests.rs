@@ -30,6 +30,7 @@ fn stories() -> (Arc<Inbound>, Arc<Outbound>) {
     let (telemetry, _) = Telemetry::new(&settings, log, metrics);
     let credentials = watch::channel(None).1;
     let connector = Connector::new(Dialer::Direct, credentials.clone());
+    let policies = watch::channel(Arc::new(Policies::default())).1;
     let delivery = Delivery {
         meaning: Meaning::Listener,
         addresses: vec![IpAddr::from([127, 0, 0, 1])],
@@ -38,6 +39,8 @@ fn stories() -> (Arc<Inbound>, Arc<Outbound>) {
         protocol: None,
         mutual_tls: MutualTls::Permissive,
         mutual_tls_ports: Default::default(),
+        service: "test".parse().unwrap(),
+        policies: policies.clone(),
     };
     let inbound = Arc::new(Inbound {
         delivery,
@@ -51,7 +54,6 @@ fn stories() -> (Arc<Inbound>, Arc<Outbound>) {
         telemetry: telemetry.clone(),
     });
     let directory = watch::channel(Arc::new(Directory::default())).1;
-    let policies = watch::channel(Arc::new(Policies::default())).1;
     let outbound = Arc::new(Outbound {
         directory: directory.clone(),
         virtual_addresses: Arc::new(VirtualAddresses::in_memory()),
