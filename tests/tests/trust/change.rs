@@ -124,6 +124,49 @@ fn a_connection_ends_with_the_certificate_of_its_peer() {
 }
 
 #[test]
+fn a_policy_that_turns_strict_ends_plaintext_and_nothing_else() {
+    if !can_run(&NEEDS) {
+        return;
+    }
+    let scene = Scene::new(Mesh::new(), &["--drain-timeout", "300ms"]);
+    let address = scene.address(8080);
+    let good = Forger::of_mesh(&scene.mesh).leaf("good", &Forged::of(&identity("web")));
+    let mut stays = hold(&scene.stranger, &address, &good);
+    stays.wait_for_line("answer");
+    let say = |text: &str| scene.stranger.start(program("mesh-peer"), &["say", &address, text]);
+    // bytes, an idle HTTP connection, and an answer that does not end
+    let mut held = [
+        say("held\\n"),
+        say("GET / HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n"),
+        say("GET /slow HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n"),
+    ];
+    held.iter_mut().for_each(|held| drop(held.wait_for_line("answer")));
+    let write = |policy: &str| {
+        let (aside, place) =
+            (scene.mesh.policies().join(".orders"), scene.mesh.policies().join("orders.yaml"));
+        fs::write(&aside, policy).unwrap();
+        fs::rename(aside, place).unwrap();
+    };
+    write("mutual_tls: strict\n");
+    for held in &mut held {
+        held.wait();
+    }
+    scene.sidecar.wait_for_failure("plaintext_refused", &["since its policy changed"]);
+    let mut late = say("held\\n");
+    late.wait();
+    assert!(!late.log().contains("answer"), "{}", late.log());
+    scene.sidecar.wait_for_failure("plaintext_refused", &["no identity", "plaintext"]);
+    assert!(!stays.has_ended(), "{}", stays.log());
+
+    write("mutual_tls: permissive\n");
+    until("plaintext is taken again", || {
+        let mut again = say("GET / HTTP/1.1\\r\\nHost: a\\r\\nConnection: close\\r\\n\\r\\n");
+        again.wait();
+        again.log().contains("200 OK")
+    });
+}
+
+#[test]
 fn renewed_certificates_go_on_where_the_first_ones_have_expired() {
     if !can_run(&NEEDS) {
         return;
