@@ -208,7 +208,11 @@ fn split(name: &str) -> Option<(&str, bool)> {
     open.or_else(|| name.strip_suffix(USED).map(|hash| (hash, true)))
 }
 
-fn parse(bytes: &[u8], hash: &str) -> Result<Token> {
+/// Reads the file of the token with that hash.
+///
+/// # Errors
+/// It is damaged.
+pub fn parse(bytes: &[u8], hash: &str) -> Result<Token> {
     serde_json::from_slice(bytes)
         .with_context(|| format!("the file of token {} is damaged; revoke it and make another", short(hash)))
 }

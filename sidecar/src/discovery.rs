@@ -13,4 +13,5 @@ mod service_document;
 mod virtual_addresses;
 
 pub use directory::{Destination, Directory};
+pub use service_document::mistakes_in;
 pub use virtual_addresses::{VirtualAddresses, is_virtual};

@@ -22,6 +22,7 @@ pub use exec::{Listeners, Namespace, NamespaceSettings, check};
 pub use finding::{Finding, Outcome};
 pub use helper::namespace_main;
 pub use iptables::Backend;
+pub use message::is_message;
 pub use plan::{Plan, namespace_plan, plan, plan_text};
 pub use rules::{Chain, Family, Jump, Rules, Table};
 pub use settings::{Network, PortRange, Settings};

@@ -55,6 +55,13 @@ impl Written {
         written
     }
 
+    /// Reads the text of a file alone; `shown` stands for it in mistakes.
+    pub fn from_text(shown: &str, text: &str) -> Self {
+        let mut written = Written::default();
+        written.take_text(shown, text);
+        written
+    }
+
     /// The entry of a key, where somebody wrote one.
     pub fn entry(&self, name: &str) -> Option<&Entry> {
         self.entries.get(name)
@@ -92,12 +99,14 @@ impl Written {
     }
 
     fn take_file(&mut self, path: &Path) {
-        let shown = path.display();
-        let text = match read_small(path) {
-            Ok(text) => text,
-            Err(error) => return self.mistakes.push(format!("{shown}: cannot be read: {error}")),
-        };
-        let document: BTreeMap<String, Spanned<serde_json::Value>> = match serde_saphyr::from_str(&text) {
+        match read_small(path) {
+            Ok(text) => self.take_text(&path.display().to_string(), &text),
+            Err(error) => self.mistakes.push(format!("{}: cannot be read: {error}", path.display())),
+        }
+    }
+
+    fn take_text(&mut self, shown: &str, text: &str) {
+        let document: BTreeMap<String, Spanned<serde_json::Value>> = match serde_saphyr::from_str(text) {
             Ok(document) => document,
             Err(error) => {
                 let line =

@@ -17,13 +17,16 @@ use tokio::{
 };
 
 use self::{
-    answer::{Decision, decide, failed},
+    answer::failed,
     forward::{Forwarder, Transport},
 };
 use super::{Directory, VirtualAddresses};
 use crate::telemetry::Metrics;
 
-pub use self::resolv_conf::resolvers;
+pub use self::{
+    answer::{Decision, decide},
+    resolv_conf::resolvers,
+};
 
 /// Questions on their way to a resolver at a time; a further one is not answered, and clients ask again.
 const MAX_FORWARDED: usize = 1024;

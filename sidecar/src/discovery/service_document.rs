@@ -1,10 +1,10 @@
 //! The document that tells where a service runs (docs/services.md): read into the words of the model, with every
 //! mistake named. Pure; several documents may speak of one service, and putting them together is not done here.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use crate::{
-    config::document::{EXPECTED_IDENTITY, EXPECTED_NAME, Item, Mistakes, Section, parse},
+    config::document::{EXPECTED_IDENTITY, EXPECTED_NAME, Item, Mistake, Mistakes, Section, parse},
     discovery::is_virtual,
     model::{DEFAULT_WEIGHT, Endpoint, Protocol, ServiceName},
 };
@@ -45,6 +45,19 @@ pub(super) fn read(text: &str, mistakes: &mut Mistakes) -> Option<ServiceDocumen
         root.take("lease").and_then(|item| item.duration(Duration::from_secs(1)..=MAX_LEASE, mistakes));
     root.finish(mistakes);
     Some(ServiceDocument { service: service?, protocol, identities, addresses, endpoints, lease })
+}
+
+/// What is wrong with the text of a service document; empty if it can be used.
+pub fn mistakes_in(text: &str) -> Vec<Mistake> {
+    let mut mistakes = Mistakes::new(Path::new("service document"));
+    let read = read(text, &mut mistakes);
+    match mistakes.or_else(()) {
+        Ok(()) => {
+            debug_assert!(read.is_some(), "nothing was read, and nobody said why");
+            Vec::new()
+        }
+        Err(found) => found,
+    }
 }
 
 fn members<T>(

@@ -78,6 +78,14 @@ impl VirtualAddresses {
         VirtualAddresses { table: Mutex::new(table), file: Some(file.to_owned()), writing: Mutex::default() }
     }
 
+    /// The table that the bytes of a state file hold, not kept in any file.
+    ///
+    /// # Errors
+    /// What is not to be believed.
+    pub fn from_bytes(bytes: &[u8], now: SystemTime) -> Result<Self, String> {
+        Ok(VirtualAddresses { table: Mutex::new(read(bytes, now)?), ..VirtualAddresses::in_memory() })
+    }
+
     /// The address of a service; allocated at the first call. None where all are taken.
     pub fn address_of(&self, name: &ServiceName, now: SystemTime) -> Option<Ipv4Addr> {
         let (address, changed) = self.table().allocate(name, now)?;
@@ -210,14 +218,18 @@ struct StateEntry {
     gone: Option<u64>,
 }
 
-/// Reads the state file and believes nothing in it; no file is an empty table.
+/// Reads the state file; no file is an empty table.
 fn load(path: &Path, now: SystemTime) -> Result<Table, String> {
-    let bytes = match read_regular(path, MAX_FILE_BYTES) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Table::default()),
-        Err(error) => return Err(error.to_string()),
-    };
-    let state: StateFile = serde_json::from_slice(&bytes).map_err(|error| error.to_string())?;
+    match read_regular(path, MAX_FILE_BYTES) {
+        Ok(bytes) => read(&bytes, now),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Table::default()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Reads a table and believes nothing in it.
+fn read(bytes: &[u8], now: SystemTime) -> Result<Table, String> {
+    let state: StateFile = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
     if state.version != FILE_VERSION || state.addresses.len() > MAX_ADDRESSES {
         return Err(format!(
             "version {} with {} addresses; expected version {FILE_VERSION} with at most {MAX_ADDRESSES}",

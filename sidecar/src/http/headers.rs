@@ -184,7 +184,7 @@ pub fn frame_for<B: http_body::Body>(
     if request.method() == Method::CONNECT {
         return Err(Failed::new(Failure::BadRequest, "CONNECT within HTTP/2 is not carried; use HTTP/1"));
     }
-    let path = request.uri().path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+    let path = path_of(request.uri())?;
     match version {
         HttpVersion::Http2 => {
             *request.uri_mut() = uri(Some(Scheme::HTTP), Some(authority.unwrap_or_else(fallback)), path)?;
@@ -246,6 +246,16 @@ fn join_cookies(headers: &mut HeaderMap) {
 fn host_value(authority: &Authority) -> Result<HeaderValue> {
     HeaderValue::from_str(authority.as_str())
         .map_err(|_| Failed::new(Failure::BadRequest, "the authority cannot stand in a Host header"))
+}
+
+/// An absolute URI may do without a path; a request line may not (RFC 9112 3.2.1).
+fn path_of(uri: &Uri) -> Result<PathAndQuery> {
+    match (uri.path_and_query(), uri.query()) {
+        (Some(path), _) if path.as_str().starts_with(['/', '*']) => Ok(path.clone()),
+        (_, None) => Ok(PathAndQuery::from_static("/")),
+        (_, Some(query)) => PathAndQuery::try_from(format!("/?{query}"))
+            .map_err(|error| Failed::new(Failure::BadRequest, format!("request target: {error}"))),
+    }
 }
 
 fn uri(scheme: Option<Scheme>, authority: Option<Authority>, path: PathAndQuery) -> Result<Uri> {

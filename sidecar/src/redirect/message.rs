@@ -120,6 +120,11 @@ pub(super) fn parse<'a, T: Deserialize<'a>>(received: &'a Received) -> io::Resul
     serde_json::from_slice(&received.text).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
+/// Is this a message that the sidecar or its helper understands?
+pub fn is_message(text: &[u8]) -> bool {
+    serde_json::from_slice::<ToHelper>(text).is_ok() || serde_json::from_slice::<FromHelper>(text).is_ok()
+}
+
 /// A message as it came.
 #[derive(Debug)]
 pub(super) struct Received {

@@ -86,6 +86,7 @@ const HEADS: &[(&str, Option<&str>)] = &[
     ("GET http://orders/one HTTP/1.1\r\nHost: evil\r\n", Some("orders")),
     ("GET http://orders/one HTTP/1.1\r\nHost: evil\r\nConnection: upgrade\r\nUpgrade: x\r\n", Some("orders")),
     ("GET /one HTTP/1.1\r\nHost: orders\r\nConnection: upgrade\r\nUpgrade: h2c\r\n", Some("orders")),
+    ("GET http://orders/one#a HTTP/1.1\r\nHost: orders\r\n", Some("orders")),
     ("GET /one HTTP/1.1\r\nHost: orders\r\nHost: evil\r\n", None),
     ("GET /one HTTP/1.1\r\nHost: orders\r\nHost: orders\r\n", None),
     ("GET /one HTTP/1.1\r\nHost: orders, evil\r\n", None),

@@ -1,1 +1,228 @@
-//! Limits.
+//! Limits hold, what is over them is counted under its label, and others go on being served.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    net::{IpAddr, TcpStream},
+};
+
+use weft_tests::{Mesh, Need, Pod, Sidecar, can_run, pause, until};
+
+use crate::wire::{
+    CONTINUATION, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, RST_STREAM, Recorder, SETTINGS, dial,
+    exchange, frame, get, preface, read_to_close, read_until,
+};
+
+/// A stranger, a sidecar with an HTTP/1 app on 8080, and what holds them.
+struct Place {
+    stranger: Pod,
+    server: Pod,
+    sidecar: Sidecar,
+    _app: Recorder,
+    _mesh: Mesh,
+}
+
+const GET: &[u8] = b"GET /one HTTP/1.1\r\nHost: orders\r\nConnection: close\r\n\r\n";
+
+fn place(flags: &[&str]) -> Option<Place> {
+    if !can_run(&[Need::Root, Need::Program("curl", "curl")]) {
+        return None;
+    }
+    let mesh = Mesh::new();
+    let (stranger, server) = (mesh.network.pod("stranger"), mesh.network.pod("server"));
+    let app = Recorder::start(&server, 8080);
+    let sidecar = mesh.sidecar(&server, "orders", &[&["--port", "8080"], flags].concat());
+    Some(Place { stranger, server, sidecar, _app: app, _mesh: mesh })
+}
+
+impl Place {
+    fn to(&self) -> IpAddr {
+        self.server.ipv4()
+    }
+
+    fn dial(&self) -> TcpStream {
+        dial(&self.stranger, self.to(), 8080)
+    }
+
+    fn exchange(&self, bytes: &[u8]) -> String {
+        exchange(&self.stranger, self.to(), 8080, bytes)
+    }
+
+    fn others_are_served(&self) {
+        let answer = self.exchange(GET);
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    }
+
+    /// A failure label stands in the metrics with a count above 0.
+    fn counted(&self, label: &str) {
+        until(&format!("{label} is counted"), || {
+            self.sidecar.metrics(&self.server).lines().any(|line| {
+                line.contains(&format!("\"{label}\"")) && !line.starts_with('#') && !line.ends_with(" 0")
+            })
+        });
+    }
+
+    /// Resident memory in KiB.
+    fn memory(&self) -> u64 {
+        let status =
+            fs::read_to_string(format!("/proc/{}/status", self.sidecar.process.id())).expect("status");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
+        line.trim().trim_end_matches(" kB").parse().expect("a number")
+    }
+}
+
+#[test]
+fn a_head_has_bounds_in_bytes_and_fields() {
+    let Some(place) = place(&["--header-bytes", "16384", "--header-fields", "50"]) else { return };
+    let long = format!("GET / HTTP/1.1\r\nHost: orders\r\nX: {}\r\n\r\n", "x".repeat(20_000));
+    let many = format!("GET / HTTP/1.1\r\nHost: orders\r\n{}\r\n", "X: y\r\n".repeat(60));
+    for head in [long, many] {
+        let answer = place.exchange(head.as_bytes());
+        assert!(answer.starts_with("HTTP/1.1 431") || answer.is_empty(), "{answer}");
+    }
+    place.counted("headers_too_large");
+    let mut stream = place.dial();
+    let block = get(&[("x", "y"); 60]);
+    stream.write_all(&[preface(), frame(HEADERS, END_HEADERS | END_STREAM, 1, &block)].concat()).unwrap();
+    let (.., block) = read_until(&mut stream, |kind, id| kind == HEADERS && id == 1).expect("an answer");
+    assert!(block.windows(3).any(|text| text == b"431") || !block.starts_with(&[0x88]), "{block:?}");
+    place.others_are_served();
+}
+
+#[test]
+fn who_trickles_a_head_is_left_and_who_is_idle_is_not() {
+    let Some(place) = place(&["--header-timeout", "500ms", "--protocol", "http1"]) else { return };
+    let mut slow = place.dial();
+    let mut idle = place.dial();
+    idle.write_all(b"GET /one HTTP/1.1\r\nHost: orders\r\n\r\n").unwrap();
+    slow.write_all(b"GET / HTTP/1.1\r\n").unwrap();
+    let mut trickling = slow.try_clone().unwrap();
+    // ends with the connection, whose other side is gone
+    let trickle = std::thread::spawn(move || {
+        while trickling.write_all(b"X: y\r\n").is_ok() {
+            (0..5).for_each(|_| pause());
+        }
+    });
+    read_to_close(&mut slow);
+    drop(slow);
+    trickle.join().unwrap();
+    place.counted("client_timeout");
+    // idle for longer than the time for a head by now
+    idle.write_all(GET).unwrap();
+    let answers = String::from_utf8(read_to_close(&mut idle)).unwrap();
+    assert_eq!(answers.matches("HTTP/1.1 200").count(), 2, "{answers}");
+}
+
+#[test]
+fn idle_connections_are_closed_in_time() {
+    let Some(place) = place(&["--idle-timeout", "300ms"]) else { return };
+    let mut idle = place.dial();
+    idle.write_all(b"GET /one HTTP/1.1\r\nHost: orders\r\n\r\n").unwrap();
+    assert!(String::from_utf8(read_to_close(&mut idle)).unwrap().starts_with("HTTP/1.1 200"));
+    let mut idle = place.dial();
+    idle.write_all(&preface()).unwrap();
+    assert!(read_until(&mut idle, |kind, _| kind == GOAWAY).is_some());
+}
+
+#[test]
+fn a_preface_or_a_handshake_that_does_not_come_is_not_waited_for() {
+    let Some(place) = place(&["--header-timeout", "300ms", "--protocol", "http2"]) else { return };
+    let mut stream = place.dial();
+    stream.write_all(b"PRI * HTTP/2.0\r\n").unwrap();
+    read_to_close(&mut stream);
+    place.counted("client_timeout");
+}
+
+#[test]
+fn connections_have_a_cap_and_more_are_closed_at_once() {
+    let Some(place) = place(&["--max-connections", "5", "--protocol", "http1"]) else { return };
+    let held: Vec<TcpStream> = (0..5).map(|_| place.dial()).collect();
+    until("a further one is closed", || {
+        let mut stream = place.dial();
+        matches!(stream.write_all(GET).and_then(|()| stream.read(&mut [0; 64])), Ok(0) | Err(_))
+    });
+    place.counted("overloaded");
+    drop(held);
+    until("there is room again", || place.exchange(GET).starts_with("HTTP/1.1 200"));
+}
+
+#[test]
+fn requests_have_a_cap_and_more_get_503() {
+    let Some(place) = place(&["--max-requests", "1", "--protocol", "http1"]) else { return };
+    let mut held = place.dial();
+    held.write_all(b"POST /one HTTP/1.1\r\nHost: orders\r\nContent-Length: 5\r\n\r\nhel").unwrap();
+    until("the second is refused", || {
+        let answer = place.exchange(GET);
+        answer.starts_with("HTTP/1.1 503") && answer.contains("overloaded")
+    });
+    place.counted("overloaded");
+    held.write_all(b"lo").unwrap();
+    until("there is room again", || place.exchange(GET).starts_with("HTTP/1.1 200"));
+}
+
+/// Sends the same bytes again and again until the other side ends the connection, 200 MB at most.
+fn flood(place: &Place, begin: &[u8], piece: impl Fn(u32) -> Vec<u8>) -> bool {
+    let mut stream = place.dial();
+    stream.write_all(begin).unwrap();
+    let mut reading = stream.try_clone().unwrap();
+    // what comes back is taken away, so that only the other side's own bounds count
+    let reader = std::thread::spawn(move || {
+        let mut buffer = [0; 65536];
+        while reading.read(&mut buffer).is_ok_and(|count| count > 0) {}
+    });
+    let mut sent = 0;
+    let mut number = 0;
+    let ended = loop {
+        let bytes = piece(number);
+        number += 1;
+        sent += bytes.len();
+        if stream.write_all(&bytes).is_err() {
+            break true;
+        }
+        if sent > 20_000_000 {
+            break false;
+        }
+    };
+    let _ = stream.shutdown(std::net::Shutdown::Both);
+    reader.join().unwrap();
+    ended
+}
+
+#[test]
+fn floods_of_frames_end_the_connection_and_nobody_else_suffers() {
+    let Some(place) = place(&[]) else { return };
+    place.others_are_served();
+    let before = place.memory();
+    let reset = |number: u32| {
+        let id = 2 * number + 1;
+        let head = frame(HEADERS, END_HEADERS | END_STREAM, id, &get(&[]));
+        [head, frame(RST_STREAM, 0, id, &8_u32.to_be_bytes())].concat()
+    };
+    let rapid = |number: u32| (0..50).flat_map(|more| reset(number * 50 + more)).collect();
+    assert!(flood(&place, &preface(), rapid), "rapid reset in bursts");
+    place.others_are_served();
+    assert!(flood(&place, &preface(), reset), "rapid reset one by one");
+    place.others_are_served();
+    let endless = [preface(), frame(HEADERS, END_STREAM, 1, &get(&[]))].concat();
+    assert!(flood(&place, &endless, |_| frame(CONTINUATION, 0, 1, &[])), "empty CONTINUATION frames");
+    let field = crate::wire::fields(&[("x", &"y".repeat(100))]);
+    assert!(flood(&place, &endless, |_| frame(CONTINUATION, 0, 1, &field)), "an endless head");
+    place.others_are_served();
+    // these are answered one by one, and cost nothing that stays
+    flood(&place, &preface(), |_| frame(PING, 0, 0, &[0; 8]).repeat(100));
+    flood(&place, &preface(), |_| frame(SETTINGS, 0, 0, &[]).repeat(100));
+    place.others_are_served();
+    let after = place.memory();
+    assert!(after < before + 64 * 1024, "{before} KiB before, {after} KiB after");
+}
+
+#[test]
+fn streams_over_the_limit_are_refused() {
+    let Some(place) = place(&["--max-streams", "2"]) else { return };
+    let mut stream = place.dial();
+    let opened = [1, 3, 5].map(|id| frame(HEADERS, END_HEADERS, id, &get(&[("content-length", "5")])));
+    stream.write_all(&[preface(), opened.concat()].concat()).unwrap();
+    let (.., reason) = read_until(&mut stream, |kind, id| kind == RST_STREAM && id == 5).expect("a refusal");
+    assert_eq!(reason, 7_u32.to_be_bytes(), "REFUSED_STREAM");
+    place.others_are_served();
+}

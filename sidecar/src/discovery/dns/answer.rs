@@ -25,7 +25,7 @@ const SUFFIX: &str = "weft";
 
 /// What to do with the bytes of a question.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Decision {
+pub enum Decision {
     /// No question at all: an answer to it could only start a quarrel.
     Silence,
     /// Send this.
@@ -35,7 +35,7 @@ pub(super) enum Decision {
 }
 
 /// Decides. `address_of` gives the virtual address of a service that the directory knows.
-pub(super) fn decide(
+pub fn decide(
     question: &[u8],
     directory: &Directory,
     address_of: impl FnOnce(&ServiceName) -> Option<Ipv4Addr>,

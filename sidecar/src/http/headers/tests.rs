@@ -182,3 +182,14 @@ fn trailers_say_nothing_of_framing_host_or_mesh() {
     clean_trailers(&mut trailers);
     assert_eq!(trailers.keys().map(|name| name.as_str()).collect::<Vec<_>>(), ["grpc-status"]);
 }
+
+#[test]
+fn a_request_line_always_has_a_path() {
+    for (uri, expected) in [("http://orders", "/"), ("http://orders#a", "/"), ("http://orders?b=c", "/?b=c")]
+    {
+        let mut there = request(Version::HTTP_11, uri, &[("host", "orders")]);
+        let named = check(&there, 100).unwrap();
+        frame_for(&mut there, HttpVersion::Http1, named, || Authority::from_static("fallback")).unwrap();
+        assert_eq!(there.uri().to_string(), expected, "{uri}");
+    }
+}

@@ -1,0 +1,261 @@
+//! What is done with a stranger's bytes, one function per parser: beyond not panicking, each holds its result to
+//! what the parser promises. The fuzzer and an ordinary test (`tests/tests/fuzz_corpus.rs`) share them.
+
+use std::{
+    net::Ipv4Addr,
+    path::Path,
+    time::{Duration, SystemTime},
+};
+
+use http_body_util::Full;
+use hyper::{
+    Request, Version,
+    body::Bytes,
+    header::{HeaderMap, HeaderName, HeaderValue},
+    http::uri::Authority,
+};
+use tokio::time::Instant;
+use weft_ca::{request, token};
+use weft_proto::{
+    certificate::{Leaf, claimed},
+    spiffe::SpiffeId,
+};
+use weft_sidecar::{
+    config::{Config, Written, document::Mistakes, policy_document},
+    detect::{LOOK, Verdict, classify, client_hello},
+    discovery::{Directory, VirtualAddresses, dns, is_virtual, mistakes_in},
+    http::headers,
+    model::{HttpVersion, Policy, Protocol, ServiceName},
+    policy::deadline::{Deadline, parse_grpc_timeout},
+    redirect::is_message,
+    telemetry::{Propagators, TraceContext},
+};
+
+/// Does something with bytes, and panics if a promise is broken.
+pub type Target = fn(&[u8]);
+
+/// All targets by name.
+pub const TARGETS: &[(&str, Target)] = &[
+    ("certificate", certificate),
+    ("certificate_request", certificate_request),
+    ("client_hello", hello),
+    ("deadline", deadline),
+    ("detect", detect),
+    ("dns", dns_question),
+    ("helper_message", helper_message),
+    ("policy_document", policy),
+    ("request_head", request_head),
+    ("service_document", service),
+    ("settings_file", settings),
+    ("spiffe_id", spiffe),
+    ("token_file", token_file),
+    ("trace_headers", trace_headers),
+    ("virtual_addresses", virtual_addresses),
+];
+
+/// The target that `WEFT_FUZZ_TARGET` names.
+#[allow(dead_code, reason = "for the fuzzer only")]
+pub fn chosen() -> Target {
+    static CHOSEN: std::sync::OnceLock<Target> = std::sync::OnceLock::new();
+    *CHOSEN.get_or_init(|| {
+        let name = std::env::var("WEFT_FUZZ_TARGET").unwrap_or_default();
+        let found = TARGETS.iter().find(|(other, _)| *other == name);
+        found.unwrap_or_else(|| panic!("WEFT_FUZZ_TARGET is {name:?}; expected a target")).1
+    })
+}
+
+/// A verdict is never taken back, and always out in time.
+fn detect(bytes: &[u8]) {
+    let mut settled = None;
+    let step = (bytes.len() / 256).max(1);
+    for length in (0..bytes.len()).step_by(step).chain([bytes.len()]) {
+        match (classify(&bytes[..length]), settled) {
+            (Verdict::NeedMore, None) => assert!(length < LOOK, "no verdict"),
+            (Verdict::NeedMore, Some(before)) => panic!("{before} is taken back"),
+            (Verdict::Is(protocol), _) => assert_eq!(*settled.get_or_insert(protocol), protocol),
+        }
+    }
+    if settled == Some(Protocol::Opaque) {
+        assert!(
+            !bytes.starts_with(b"GET / HTTP/1.1\r\n")
+                && !bytes.starts_with(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        );
+    }
+}
+
+/// What follows a hello changes nothing.
+fn hello(bytes: &[u8]) {
+    let heard = client_hello(bytes);
+    if let weft_sidecar::detect::Hello::Parsed { sni, .. } = &heard {
+        assert!(sni.as_ref().is_none_or(|name| *name == name.to_ascii_lowercase()));
+        assert_eq!(client_hello(&[bytes, b"more"].concat()), heard);
+    }
+}
+
+/// Lines of `name: value`.
+fn header_map(bytes: &[u8]) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    for line in bytes.split(|byte| *byte == b'\n').take(64) {
+        let Some(at) = line.iter().position(|byte| *byte == b':') else { continue };
+        let name = HeaderName::from_bytes(&line[..at]);
+        if let (Ok(name), Ok(value)) = (name, HeaderValue::from_bytes(line[at + 1..].trim_ascii())) {
+            headers.append(name, value);
+        }
+    }
+    headers
+}
+
+/// What is written is read again.
+fn trace_headers(bytes: &[u8]) {
+    let mut headers = header_map(bytes);
+    let all = Propagators::DEFAULT;
+    let found = all.extract(&headers);
+    let Some(parent) = found.parent else { return };
+    assert!(parent.trace_id != 0 && parent.span_id != 0);
+    let context = TraceContext {
+        trace_id: parent.trace_id,
+        span_id: 7,
+        parent_id: parent.span_id,
+        parent_is_remote: true,
+        sampled: true,
+        debug: found.debug,
+        formats: found.formats,
+    };
+    all.inject(&context, &mut headers);
+    let again = all.extract(&headers).parent.expect("what we wrote");
+    assert_eq!((again.trace_id, again.span_id), (parent.trace_id, 7));
+}
+
+/// An answer bears the id of its question; what is forwarded is a question.
+fn dns_question(bytes: &[u8]) {
+    let directory = Directory::default();
+    match dns::decide(bytes, &directory, |_| Some(Ipv4Addr::new(240, 0, 0, 1))) {
+        dns::Decision::Answer(answer) => {
+            assert_eq!(answer[..2], bytes[..2]);
+            assert!(answer[2] & 0x80 != 0, "an answer that says it is a question");
+        }
+        dns::Decision::Forward => assert!(bytes[2] & 0x80 == 0, "an answer is forwarded"),
+        dns::Decision::Silence => {}
+    }
+}
+
+fn service(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    for mistake in mistakes_in(text) {
+        assert!(!mistake.text.is_empty());
+    }
+}
+
+/// Without mistakes there is a policy.
+fn policy(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let mut mistakes = Mistakes::new(Path::new("policy"));
+    let read = policy_document::read(text, &Policy::default(), &mut mistakes);
+    let found = mistakes.or_else(());
+    assert!(read.is_some() || found.is_err(), "no policy and no mistake");
+    assert!(found.err().is_none_or(|mistakes| !mistakes.is_empty()));
+}
+
+/// Every address is ours and stands for the name that has it.
+fn virtual_addresses(bytes: &[u8]) {
+    let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
+    let Ok(table) = VirtualAddresses::from_bytes(bytes, now) else { return };
+    let name: ServiceName = "orders".parse().expect("a name");
+    if let Some(address) = table.address_of(&name, now) {
+        assert!(is_virtual(address.into()));
+        assert_eq!(table.name_of(address.into()), Some(name));
+    }
+}
+
+/// What was read prints as it was read.
+fn spiffe(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    if let Ok(id) = text.parse::<SpiffeId>() {
+        assert_eq!((id.as_str(), id.to_string().as_str()), (text, text));
+        assert!(text.starts_with(&format!("spiffe://{}", id.trust_domain())));
+    }
+}
+
+fn certificate(bytes: &[u8]) {
+    let _ = Leaf::parse(bytes);
+    assert!(claimed(bytes).len() < 64 * 1024);
+}
+
+fn certificate_request(bytes: &[u8]) {
+    if let Ok(request) = request::Request::parse(bytes) {
+        assert!(request.public_key.len() < bytes.len());
+    }
+}
+
+/// A token that is read can be written and read again.
+fn token_file(bytes: &[u8]) {
+    if let Ok(token) = token::parse(bytes, "0123456789abcdef0123") {
+        assert_eq!(token.identity.to_string().parse::<SpiffeId>().as_ref(), Ok(&token.identity));
+    }
+    token::name_of(&String::from_utf8_lossy(bytes));
+}
+
+/// A request that is taken leaves with one host, one length, no header of a connection and none of the mesh.
+/// The bytes are a request line, then header lines.
+fn request_head(bytes: &[u8]) {
+    let (line, fields) = bytes.split_at(bytes.iter().position(|byte| *byte == b'\n').unwrap_or(bytes.len()));
+    let line = String::from_utf8_lossy(line);
+    let mut words = line.split(' ');
+    let (method, uri) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+    let version = match words.next() {
+        Some("HTTP/1.0") => Version::HTTP_10,
+        Some("HTTP/2.0") => Version::HTTP_2,
+        _ => Version::HTTP_11,
+    };
+    let build = || {
+        let body = Full::new(Bytes::from("body"));
+        Request::builder().method(method).uri(uri).version(version).body(body)
+    };
+    for next in [HttpVersion::Http1, HttpVersion::Http2] {
+        let Ok(mut request) = build() else { return };
+        *request.headers_mut() = header_map(fields);
+        let Ok(authority) = headers::check(&request, 100) else { return };
+        headers::remove_ours(request.headers_mut());
+        headers::remove_per_hop(request.headers_mut());
+        let fallback = || Authority::from_static("fallback");
+        if headers::frame_for(&mut request, next, authority, fallback).is_err() {
+            continue;
+        }
+        let count = |name: &str| request.headers().get_all(name).iter().count();
+        assert_eq!(count("host"), usize::from(next == HttpVersion::Http1));
+        assert!(count("content-length") + count("transfer-encoding") <= 1);
+        assert_eq!(count("connection") + count("upgrade") + count("x-weft-deadline"), 0);
+        let path = request.uri().path();
+        assert!(path.starts_with('/') || path == "*", "{path:?}");
+        assert!(!request.uri().authority().is_some_and(|authority| authority.as_str().contains('@')));
+    }
+}
+
+/// No header sets a longer time than another; what is passed on is read again and not longer.
+fn deadline(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    let (grpc, weft) = text.split_once('\n').unwrap_or((&text, ""));
+    let now = Instant::now();
+    let deadline = Deadline::start(Some(Duration::from_secs(60)), Some(grpc), Some(weft), now);
+    let left = deadline.remaining(now).expect("a policy's limit");
+    assert!(left <= Duration::from_secs(60));
+    if let Some(limit) = parse_grpc_timeout(grpc) {
+        assert!(left <= limit);
+        let next = deadline.grpc_header(Some(grpc), now).expect("a header");
+        assert!(parse_grpc_timeout(&next).expect("our own header") <= left);
+    }
+    let next = deadline.weft_header(now).expect("a header");
+    let again = Deadline::start(None, None, Some(&next), now).remaining(now).expect("our own header");
+    assert!(again >= left && again < left + Duration::from_millis(1));
+}
+
+fn settings(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    if let Err(mistakes) = Config::check(&Written::from_text("settings.yaml", text)) {
+        assert!(!mistakes.0.is_empty());
+    }
+}
+
+fn helper_message(bytes: &[u8]) {
+    is_message(bytes);
+}
