@@ -1,0 +1,15 @@
+//! What a mesh lives through: instances that die, a drain, certificates that end, bodies that stall, apps that close
+//! their connections. Real programs in pods; load comes from h2load, odd behaviour from `life/app.py`.
+
+#[path = "life/drain.rs"]
+mod drain;
+#[path = "life/kill.rs"]
+mod kill;
+#[path = "life/renewal.rs"]
+mod renewal;
+#[path = "life/retry.rs"]
+mod retry;
+#[path = "life/trace.rs"]
+mod trace;
+#[path = "life/world.rs"]
+mod world;

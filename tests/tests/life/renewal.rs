@@ -1,0 +1,47 @@
+//! Certificates of ten seconds under load, and an authority that is killed and comes back.
+
+use std::process::Command;
+
+use weft_tests::{Mesh, Process, output_of, until};
+
+use super::world::{World, assert_all_answered, can_run_here};
+
+fn certificates(sidecar: &weft_tests::Sidecar) -> usize {
+    sidecar.process.log().matches("a certificate was obtained").count()
+}
+
+#[test]
+fn renewals_under_load_fail_no_request_and_an_authority_may_be_away() {
+    if !can_run_here() {
+        return;
+    }
+    let mut world = World::in_mesh(Mesh::with_lifetime("10s"));
+    let instance = world.instance("one", &[]);
+    let body = world.mesh.network.folder().join("posted").display().to_string();
+    std::fs::write(&body, "posted").unwrap();
+    let gets = world.load(20, &["http://orders/"]);
+    let posts = world.load(20, &["-d", &body, "http://orders/upload"]);
+    // A connection of its own, which says nothing: it is cut when its peer's certificate ends, and the log says so.
+    let script = "import socket, time; s = socket.create_connection(('orders', 80)); s.sendall(b'\\0opaque'); \
+                  s.settimeout(30); print('ended', s.recv(1))";
+    let mut opaque = world.client.command("python3");
+    opaque.args(["-c", script]);
+    let _opaque = Process::start("opaque", opaque);
+    until("both have renewed", || certificates(&world.sidecar) > 1 && certificates(&instance.sidecar) > 1);
+    world.mesh.stop_authority();
+    until("they miss the authority", || {
+        world.sidecar.process.log().contains("no certificate was obtained")
+            && instance.sidecar.process.log().contains("no certificate was obtained")
+    });
+    let before = certificates(&world.sidecar).max(certificates(&instance.sidecar));
+    world.mesh.start_authority("10s");
+    until("new certificates have come", || {
+        certificates(&world.sidecar) > before && certificates(&instance.sidecar) > before
+    });
+    let mut show = Command::new(weft_tests::program("weft-sidecar"));
+    show.args(["show", "certificate", "--admin-socket"]).arg(world.sidecar.socket());
+    assert!(output_of(show).contains("spiffe://"));
+    assert!(assert_all_answered(gets) > 1000);
+    assert!(assert_all_answered(posts) > 1000);
+    assert!(!world.sidecar.process.log().contains("has expired"));
+}
