@@ -9,6 +9,8 @@ mod kill;
 mod renewal;
 #[path = "life/retry.rs"]
 mod retry;
+#[path = "life/stall.rs"]
+mod stall;
 #[path = "life/trace.rs"]
 mod trace;
 #[path = "life/world.rs"]
