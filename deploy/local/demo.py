@@ -20,7 +20,7 @@ from seeing import Receiver, bold, dim, green, red, root_of, show_tree, total, v
 
 REQUESTS = 600
 AT_A_TIME = 8
-# Spans of one calm request: two each for visitor's and orders' last calls, and so on down the tree.
+# Spans of one calm request: call and attempt on each of three hops, and an answer at the end of each.
 CALM_SPANS = 9
 
 
@@ -282,7 +282,7 @@ class Story:
     tail -n 2 web/access.log
 
     # kill an instance, and call again
-    kill -9 -- -$(cat orders-1.pid)
+    kill -9 $(cat orders-1.pid)
     ./as-visitor curl http://web/orders/8
 
     # a policy: calls of orders may take a millisecond. It applies at once; remove the file to undo it
@@ -384,7 +384,8 @@ def main():
     try:
         mesh = Mesh(given.binaries, Signals())
         story = Story(mesh, Receiver(mesh.address(1), given.otlp))
-        print(bold("Weft: the mesh on one machine") + dim(f"  (as user {os.getuid()}, files in {mesh.folder})"))
+        print(bold("Weft: the mesh on one machine") + dim(f"  (as user {os.getuid()})"))
+        print(dim(f"Its files: {mesh.folder}"))
         story.who_is_who()
         story.one_request()
         story.strangers()

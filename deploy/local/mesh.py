@@ -304,7 +304,7 @@ def free_network():
 
 
 def write_app_files(mesh):
-    write_nginx(mesh, "web", f"location / {{ proxy_pass http://orders; proxy_http_version 1.1; }}")
+    write_nginx(mesh, "web", "location / { proxy_pass http://orders; proxy_http_version 1.1; }")
     write_nginx(mesh, "stock", f"root {mesh.path('stock', 'files')};")
     os.makedirs(mesh.path("stock", "files", "items"))
     things = ["a shuttle", "a reed", "a heddle", "a bobbin", "a loom"]

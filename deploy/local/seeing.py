@@ -15,8 +15,8 @@ import urllib.request
 SPANS_KEPT = 50_000
 LONGEST_BODY = 16 * 1024 * 1024
 FORWARD_PATIENCE = 5  # seconds
-BAR = 12  # columns
-LABEL = 54  # columns
+BAR = 10  # columns
+LABEL = 52  # columns
 
 
 class Span:
@@ -204,7 +204,7 @@ def show_tree(spans):
 def label_of(span):
     if span.is_attempt():
         reason = span.get("weft.retry.reason")
-        return f"attempt {span.get('weft.attempt')} at {span.get('weft.endpoint')}" + (" (a retry)" if reason else "")
+        return f"attempt {span.get('weft.attempt')} at {span.get('weft.endpoint')}" + (", retry" if reason else "")
     if span.is_inbound():
         return f"{span.workload} answers"
     return f"{span.workload} calls {span.get('weft.service')}"
