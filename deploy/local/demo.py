@@ -8,15 +8,15 @@ at the door, an instance that is killed under load. Started by `demo`, which see
 import argparse
 import json
 import os
-import socket
 import ssl
 import sys
 import tempfile
 import time
 import urllib.parse
 
-from mesh import DIRECT, Asked, Failed, Mesh, Signals, identity, tail, wait
+from mesh import Asked, Failed, Mesh, Signals, identity, wait
 from seeing import Receiver, bold, dim, green, red, root_of, show_tree, total, values_of
+from strangers import plaintext_answer, tls_answer, version_of
 
 REQUESTS = 600
 AT_A_TIME = 8
@@ -72,7 +72,10 @@ class Story:
             content = json.loads(answer)
         except ValueError:
             content = {}
-        self.check(content.get("visits") == 1 and "item" in content, "nginx, Python, nginx and redis answered together")
+        self.check(
+            content.get("visits") == 1 and "item" in content,
+            "nginx, Python, nginx and redis answered together",
+        )
         trace = next(line["trace_id"] for line in self.mesh.visitor_access() if line["kind"] == "request")
         spans = self.complete_trace(trace, CALM_SPANS)
         self.hops(spans)
@@ -97,11 +100,17 @@ class Story:
         return self.receiver.traces().get(trace, [])
 
     def hops(self, spans):
-        print("\n    Plaintext in the programs; between them mutual TLS. What the two sidecars of each hop say:\n")
+        print(
+            "\n    Plaintext in the programs; between them mutual TLS. What the two sidecars of each hop say:\n"
+        )
         print(dim(f"    {'hop':19}{'caller proved':37}{'callee proved':35}TLS"))
         good = True
         for caller, callee in (("visitor", "web"), ("web", "orders"), ("orders", "stock")):
-            out = [s for s in spans if s.is_outbound_request() and (s.workload, s.get("weft.service")) == (caller, callee)]
+            out = [
+                s
+                for s in spans
+                if s.is_outbound_request() and (s.workload, s.get("weft.service")) == (caller, callee)
+            ]
             into = [s for s in spans if s.is_inbound() and s.workload == callee]
             good &= bool(out) and bool(into) and self.hop(
                 caller, callee,
@@ -120,12 +129,19 @@ class Story:
         def line(workloads, direction):
             for workload in workloads:
                 for entry in workload.access():
-                    if (entry["kind"], entry["direction"], entry["service"]) == ("connection", direction, "redis"):
+                    if (entry["kind"], entry["direction"], entry["service"]) == (
+                        "connection",
+                        direction,
+                        "redis",
+                    ):
                         return entry
             return None
 
         try:
-            wait("both ends of redis's connection are logged", lambda: line(orders, "outbound") and line([redis], "inbound"))
+            wait(
+                "both ends of redis's connection are logged",
+                lambda: line(orders, "outbound") and line([redis], "inbound"),
+            )
         except Failed:
             return False
         out, into = line(orders, "outbound"), line([redis], "inbound")
@@ -163,7 +179,9 @@ class Story:
                 self.check(False, f"{name} refuses strangers", f"it answered {', '.join(let_in)}")
             all_refused &= not let_in
         if all_refused:
-            self.check(True, "each refused a caller without a certificate of the mesh, TLS 1.2, and plaintext")
+            self.check(
+                True, "each refused a caller without a certificate of the mesh, TLS 1.2, and plaintext"
+            )
 
     # --- 4 ---------------------------------------------------------------------------------------------------
 
@@ -179,22 +197,36 @@ class Story:
         mesh.kill(victim)
         statuses = mesh.visit_output(process, name).split()
         good = statuses.count("200")
-        self.check(good == REQUESTS, f"{good} of {REQUESTS} requests were answered with 200", f"others: {set(statuses) - {'200'}}")
+        self.check(
+            good == REQUESTS,
+            f"{good} of {REQUESTS} requests were answered with 200",
+            f"others: {set(statuses) - {'200'}}",
+        )
         self.retried(known, victim, survivor)
         self.moved(before)
 
     def retried(self, known, victim, survivor):
         """A request whose first attempt met the dead instance."""
+
         def found():
             best = None
             for trace, spans in self.receiver.traces().items():
-                attempts = [span for span in spans if span.is_attempt() and span.get("weft.service") == "orders"]
+                attempts = [
+                    span for span in spans if span.is_attempt() and span.get("weft.service") == "orders"
+                ]
                 ends = {span.get("weft.endpoint"): span for span in attempts}
-                if trace in known or set(ends) != {victim.endpoint(), survivor.endpoint()} or not root_of(spans):
+                if (
+                    trace in known
+                    or set(ends) != {victim.endpoint(), survivor.endpoint()}
+                    or not root_of(spans)
+                ):
                     continue
                 if not any(span.workload == "stock" for span in spans):
                     continue
-                if ends[victim.endpoint()].get("weft.failure") and ends[survivor.endpoint()].outcome() == "200":
+                if (
+                    ends[victim.endpoint()].get("weft.failure")
+                    and ends[survivor.endpoint()].outcome() == "200"
+                ):
                     # one that was under way tells more than one that was refused
                     if best is None or ends[victim.endpoint()].get("weft.failure") != "connect_refused":
                         best = spans
@@ -229,16 +261,23 @@ class Story:
             ("weft_attempts_total", {"service": "orders", "outcome": "first"}),
         ]
         reasons = values_of(after, "weft_attempts_total", "reason", service="orders", outcome="retry")
-        rows += [("weft_attempts_total", {"service": "orders", "outcome": "retry", "reason": reason}) for reason in reasons]
+        rows += [
+            ("weft_attempts_total", {"service": "orders", "outcome": "retry", "reason": reason})
+            for reason in reasons
+        ]
         rows += [
             ("weft_ejections_total", {"service": "orders"}),
             ("weft_connections_total", {"direction": "inbound", "security": "mtls"}),
             ("weft_response_bytes_total", {"direction": "outbound", "service": "orders"}),
             ("weft_spans_exported_total", {}),
         ]
-        print(f"\n    Metrics of web's sidecar that moved (http://{self.mesh.workloads['web'].address}:15020/metrics):\n")
+        print(
+            f"\n    Metrics of web's sidecar that moved (http://{self.mesh.workloads['web'].address}:15020/metrics):\n"
+        )
         for name, labels in rows:
-            shown = name + ("{" + ", ".join(f'{key}="{value}"' for key, value in labels.items()) + "}" if labels else "")
+            shown = name + (
+                "{" + ", ".join(f'{key}="{value}"' for key, value in labels.items()) + "}" if labels else ""
+            )
             print(f"    {shown:77}{total(before, name, **labels):6.0f} → {total(after, name, **labels):.0f}")
         rise = lambda name, **labels: total(after, name, **labels) - total(before, name, **labels)  # noqa: E731
         took = rise("weft_request_duration_seconds_sum", direction="outbound", service="orders")
@@ -246,7 +285,10 @@ class Story:
         print(dim(f"    mean time of a call of orders: {took / max(1, count) * 1000:.1f} ms"))
         requests = rise("weft_requests_total", direction="outbound", service="orders", code="200")
         retries = rise("weft_attempts_total", service="orders", outcome="retry")
-        self.check(requests >= REQUESTS and retries > 0, f"web counted {requests:.0f} good requests and {retries:.0f} retries")
+        self.check(
+            requests >= REQUESTS and retries > 0,
+            f"web counted {requests:.0f} good requests and {retries:.0f} retries",
+        )
 
     # --- the end ---------------------------------------------------------------------------------------------
 
@@ -269,7 +311,8 @@ class Story:
         mesh.write_visitor_script()
         folder, web = mesh.folder, mesh.workloads["web"]
         self.title("The mesh keeps running, orders-1 again too. Try in another terminal, as this user:")
-        print(f"""
+        print(
+            f"""
     cd {folder}
 
     # as a program of the mesh: any command, with plain names
@@ -289,7 +332,9 @@ class Story:
     printf 'timeouts:\\n  request: 1ms\\n' > policies/.new && mv policies/.new policies/orders.yaml
     ./as-visitor curl -i http://web/orders/9
 
-Ctrl-C stops everything. What you did is then in {path}""", flush=True)
+Ctrl-C stops everything. What you did is then in {path}""",
+            flush=True,
+        )
         known = set(self.receiver.traces())
         try:
             while True:
@@ -311,52 +356,6 @@ def write_traces(content, path):
     os.chmod(new, 0o644)
     os.rename(new, path)
     return path
-
-
-# --- from outside the mesh -------------------------------------------------------------------------------------
-
-
-def tls(roots, version):
-    """A TLS client that trusts the mesh's roots, speaks its protocols, and has no certificate."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.load_verify_locations(roots)
-    context.minimum_version = context.maximum_version = version
-    context.set_alpn_protocols(["weft-h2", "weft-tcp"])
-    return context
-
-
-def version_of(workload, roots):
-    """The TLS version that OpenSSL settles on with this workload, and the name in the certificate it verified."""
-    try:
-        with socket.create_connection((workload.address, workload.port), timeout=5) as stream:
-            with tls(roots, ssl.TLSVersion.TLSv1_3).wrap_socket(stream) as secured:
-                names = [name for kind, name in secured.getpeercert().get("subjectAltName", ()) if kind == "URI"]
-                return secured.version().replace("TLSv", ""), " ".join(names)
-    except OSError as error:
-        return "-", str(error)
-
-
-def tls_answer(workload, roots, version):
-    """What a caller without a certificate gets: nothing, if all is well."""
-    try:
-        with socket.create_connection((workload.address, workload.port), timeout=5) as stream:
-            with tls(roots, version).wrap_socket(stream) as secured:
-                secured.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-                return secured.recv(100)
-    except OSError:
-        return b""
-
-
-def plaintext_answer(workload):
-    try:
-        with socket.create_connection((workload.address, workload.port), timeout=5) as stream:
-            stream.sendall(b"PING\r\n" if workload.service == "redis" else b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
-            answer = stream.recv(100)
-    except OSError:
-        return b""
-    # a refusal that says why is one, too
-    return b"" if answer.startswith(b"HTTP/1.1 403") else answer
 
 
 def arguments():
@@ -402,12 +401,16 @@ def main():
     finally:
         stubborn = mesh.stop() if mesh else []
     if stubborn:
-        print(red(f"demo: these did not stop when asked, and were killed: {'; '.join(stubborn)}"), file=sys.stderr)
+        print(
+            red(f"demo: these did not stop when asked, and were killed: {'; '.join(stubborn)}"),
+            file=sys.stderr,
+        )
         code = code or 1
     if story and story.wrong:
         print(red(f"\nNot as it should be: {'; '.join(story.wrong)}"), file=sys.stderr)
     if code == 0:
-        print(f"\n{green('All of it worked')}, in {time.monotonic() - began:.0f} s. Everything that was started is stopped.")
+        took = time.monotonic() - began
+        print(f"\n{green('All of it worked')}, in {took:.0f} s. Everything that was started is stopped.")
     return code
 
 

@@ -18,6 +18,8 @@ import tempfile
 import time
 import urllib.request
 
+from apps import write_app_files
+
 TRUST_DOMAIN = "demo"
 PATIENCE = 30  # seconds for anything to start
 STOP_PATIENCE = 5  # seconds for everything to stop by itself
@@ -100,6 +102,10 @@ def identity(service):
 
 
 class Mesh:
+    """Everything that runs, and where."""
+
+    app_port = APP_PORT
+
     def __init__(self, binaries, signals):
         self.signals = signals
         self.sidecar = os.path.join(os.path.abspath(binaries), "weft-sidecar")
@@ -137,11 +143,49 @@ class Mesh:
         return {
             workload.instance: workload
             for workload in [
-                Workload(self, 5, "redis", "redis", "redis-server", 6379, redis, "ready to accept connections"),
-                Workload(self, 4, "stock", "stock", "nginx, files", APP_PORT, nginx + [self.path("stock.conf")], "start worker process "),
-                Workload(self, 3, "orders", "orders-1", python, APP_PORT, orders + ["orders-1", str(APP_PORT)], "listening"),
-                Workload(self, 6, "orders", "orders-2", python, APP_PORT, orders + ["orders-2", str(APP_PORT)], "listening"),
-                Workload(self, 2, "web", "web", "nginx, reverse proxy", APP_PORT, nginx + [self.path("web.conf")], "start worker process "),
+                Workload(
+                    self, 5, "redis", "redis", "redis-server", 6379, redis, "ready to accept connections"
+                ),
+                Workload(
+                    self,
+                    4,
+                    "stock",
+                    "stock",
+                    "nginx, files",
+                    APP_PORT,
+                    nginx + [self.path("stock.conf")],
+                    "start worker process ",
+                ),
+                Workload(
+                    self,
+                    3,
+                    "orders",
+                    "orders-1",
+                    python,
+                    APP_PORT,
+                    orders + ["orders-1", str(APP_PORT)],
+                    "listening",
+                ),
+                Workload(
+                    self,
+                    6,
+                    "orders",
+                    "orders-2",
+                    python,
+                    APP_PORT,
+                    orders + ["orders-2", str(APP_PORT)],
+                    "listening",
+                ),
+                Workload(
+                    self,
+                    2,
+                    "web",
+                    "web",
+                    "nginx, reverse proxy",
+                    APP_PORT,
+                    nginx + [self.path("web.conf")],
+                    "start worker process ",
+                ),
             ]
         }
 
@@ -162,7 +206,15 @@ class Mesh:
         with open(self.roots, "w") as roots:
             roots.write(self.run([self.ca, "root", "--dir", self.path("ca")]))
         for service in ("web", "orders", "stock", "redis", "visitor"):
-            token = ["token", "create", "--dir", self.path("ca"), "--identity", identity(service), "--reusable"]
+            token = [
+                "token",
+                "create",
+                "--dir",
+                self.path("ca"),
+                "--identity",
+                identity(service),
+                "--reusable",
+            ]
             self.run([self.ca, *token, "--out", self.path("tokens", service)])
 
         def is_ready():
@@ -208,19 +260,32 @@ class Mesh:
     def visitor_arguments(self):
         arguments = self.exec_arguments("visitor", self.address(9))
         # any free port: nobody scrapes a visitor, and several may be there at a time
-        return arguments + ["--admin", f"{self.address(9)}:0", "--access-log-file", self.path("visitor", "access.log")]
+        return arguments + [
+            "--admin",
+            f"{self.address(9)}:0",
+            "--access-log-file",
+            self.path("visitor", "access.log"),
+        ]
 
     def visit(self, command):
         """Starts a command as a workload that nobody calls."""
         name = f"visitor-{len(self.processes)}"
         arguments = self.visitor_arguments() + ["--admin-socket", self.path(name + ".sock"), "--log", "warn"]
-        return self.start([*arguments, "--", *command], self.path("visitor", "log"), stdout=self.path(name + ".out")), name
+        return self.start(
+            [*arguments, "--", *command], self.path("visitor", "log"), stdout=self.path(name + ".out")
+        ), name
 
     def visit_output(self, process, name):
         """Waits for a visitor and gives its output."""
-        wait("the visitor is back", lambda: process.poll() is not None, lambda: tail(self.path("visitor", "log")))
+        wait(
+            "the visitor is back",
+            lambda: process.poll() is not None,
+            lambda: tail(self.path("visitor", "log")),
+        )
         if process.returncode != 0:
-            raise Failed(f"the visitor's command ended with {process.returncode}: {tail(self.path('visitor', 'log'))}")
+            raise Failed(
+                f"the visitor's command ended with {process.returncode}: {tail(self.path('visitor', 'log'))}"
+            )
         with open(self.path(name + ".out")) as output:
             return output.read()
 
@@ -230,8 +295,14 @@ class Mesh:
 
     def write_visitor_script(self):
         """A command for people that runs any other as the visitor."""
-        settings = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in self.environment.items() if name.startswith("OTEL_"))
-        script = f"#!/bin/sh\n{settings}exec {shlex.join(self.visitor_arguments())} --admin-socket {shlex.quote(self.folder)}/visitor-$$.sock --log warn -- \"$@\"\n"
+        lines = ["#!/bin/sh"]
+        for name, value in self.environment.items():
+            if name.startswith("OTEL_"):
+                lines.append(f"export {name}={shlex.quote(value)}")
+        socket_path = shlex.quote(self.folder) + "/visitor-$$.sock"
+        lines.append(f"exec {shlex.join(self.visitor_arguments())} \\")
+        lines.append(f'    --admin-socket {socket_path} --log warn -- "$@"')
+        script = "\n".join(lines) + "\n"
         with open(self.path("as-visitor"), "w") as file:
             file.write(script)
         os.chmod(self.path("as-visitor"), 0o700)
@@ -249,7 +320,14 @@ class Mesh:
         return process
 
     def run(self, arguments):
-        done = subprocess.run(arguments, env=self.environment, cwd=self.folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(
+            arguments,
+            env=self.environment,
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
         if done.returncode != 0:
             raise Failed(f"{shlex.join(arguments[:3])} failed: {done.stderr.strip()}")
         return done.stdout
@@ -300,34 +378,9 @@ def free_network():
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.bind((f"{network}.{number}", port))
             return network
-    raise Failed("ports 4318, 6379, 8080, 15020, 15080 and 15081 are taken on every loopback address that was tried")
-
-
-def write_app_files(mesh):
-    write_nginx(mesh, "web", "location / { proxy_pass http://orders; proxy_http_version 1.1; }")
-    write_nginx(mesh, "stock", f"root {mesh.path('stock', 'files')};")
-    os.makedirs(mesh.path("stock", "files", "items"))
-    things = ["a shuttle", "a reed", "a heddle", "a bobbin", "a loom"]
-    for number in range(20):
-        with open(mesh.path("stock", "files", "items", f"{number}.json"), "w") as file:
-            json.dump({"item": things[number % len(things)], "in_stock": 3 + number * 7 % 11}, file)
-    with open(mesh.path("redis.conf"), "w") as file:
-        file.write(f'bind 127.0.0.1\nport 6379\nsave ""\nappendonly no\ndir "{mesh.path("redis")}"\ndaemonize no\n')
-
-
-def write_nginx(mesh, name, location):
-    """A configuration that touches nothing outside our folder. A module's folder may be named only where it is built in."""
-    version = subprocess.run(["nginx", "-V"], capture_output=True, text=True).stderr
-    modules = [name for name in ("fastcgi", "uwsgi", "scgi") if f"--without-http_{name}_module" not in version]
-    folders = "".join(f"{module}_temp_path {mesh.path(name, module)};\n" for module in ("client_body", "proxy", *modules))
-    # inside the namespace of an ordinary user there is no other user to change to
-    user = "user root;\n" if os.geteuid() == 0 else ""
-    with open(mesh.path(name + ".conf"), "w") as file:
-        file.write(
-            f"daemon off;\n{user}worker_processes 1;\npid {mesh.path(name, 'pid')};\nerror_log stderr notice;\n"
-            f"events {{ worker_connections 256; }}\n"
-            f"http {{\naccess_log off;\n{folders}server {{ listen 127.0.0.1:{APP_PORT}; {location} }}\n}}\n"
-        )
+    raise Failed(
+        "ports 4318, 6379, 8080, 15020, 15080 and 15081 are taken on every loopback address that was tried"
+    )
 
 
 def wait(what, is_so, explain=lambda: ""):

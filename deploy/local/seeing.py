@@ -191,8 +191,11 @@ def show_tree(spans):
         label = f"{lead}{branch}{label_of(span)}"
         outcome = span.outcome()
         failed = bool(span.get("weft.failure"))
-        padded = f"{outcome:<16}"
-        print(f"    {at:7.1f}{took:8.1f}  {label:{LABEL}}{red(padded) if failed else padded}{bar(root, span, failed)}".rstrip())
+        ended = f"{outcome:<16}"
+        if failed:
+            ended = red(ended)
+        line = f"    {at:7.1f}{took:8.1f}  {label:{LABEL}}{ended}{bar(root, span, failed)}"
+        print(line.rstrip())
         below = children.get(span.id, [])
         deeper = lead + {"": "", "├─ ": "│  ", "└─ ": "   "}[branch]
         for number, child in enumerate(below):
@@ -204,7 +207,9 @@ def show_tree(spans):
 def label_of(span):
     if span.is_attempt():
         reason = span.get("weft.retry.reason")
-        return f"attempt {span.get('weft.attempt')} at {span.get('weft.endpoint')}" + (", retry" if reason else "")
+        return f"attempt {span.get('weft.attempt')} at {span.get('weft.endpoint')}" + (
+            ", retry" if reason else ""
+        )
     if span.is_inbound():
         return f"{span.workload} answers"
     return f"{span.workload} calls {span.get('weft.service')}"
