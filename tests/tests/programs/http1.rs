@@ -83,7 +83,7 @@ fn what_an_app_gets_over_http1_is_the_same() {
     let mut pair = Pair::direct(&["orders"]);
     let folder = pair.folder("answers");
     let upload = folder.join("upload");
-    std::fs::write(&upload, (0..3_000_000_u32).map(|n| (n * 7 >> 3) as u8).collect::<Vec<u8>>()).unwrap();
+    std::fs::write(&upload, (0..3_000_000_u32).map(|n| ((n * 7) >> 3) as u8).collect::<Vec<u8>>()).unwrap();
     let _app = pair.start_app("http_app.py", 8080);
     let ask = |pod: &Pod, case: &str| {
         let case = case.replace("BODY", &upload.display().to_string());
