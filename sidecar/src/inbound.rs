@@ -179,7 +179,7 @@ impl Inbound {
         draining: Draining,
         record: &mut telemetry::Connection,
     ) -> Result<()> {
-        let mut app = self.connect_app(&arrival).await?;
+        let mut app = self.connect_app(&arrival).await.inspect_err(|_| net::reset(&stream))?;
         let first =
             detect::first_to_speak(&mut stream, &mut app).await.map_err(|error| client_broke(&error))?;
         match first {
@@ -265,8 +265,7 @@ impl Inbound {
         record: &mut telemetry::Connection,
     ) -> Result<()> {
         record.opened(security(&arrival.caller, protocol), protocol);
-        self.permit(&arrival)?;
-        let app = self.connect_app(&arrival).await?;
+        let app = self.connect_own(&arrival).await.inspect_err(|_| net::reset(&stream))?;
         copy(stream, app, record).await
     }
 

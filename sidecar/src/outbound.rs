@@ -196,9 +196,10 @@ impl Outbound {
         draining: Draining,
         record: &mut telemetry::Connection,
     ) -> Result<()> {
-        let mut tunnel = self.open_tunnel(&target, record).await?;
+        // A client that no server was found for is told by a reset.
+        let mut tunnel = self.open_tunnel(&target, record).await.inspect_err(|_| net::reset(&stream))?;
         let first = detect::first_to_speak(&mut stream, tunnel.stream()).await;
-        match first.map_err(|error| client_broke(&error))? {
+        match first.inspect_err(|_| net::reset(&stream)).map_err(|error| client_broke(&error))? {
             FirstToSpeak::Server => {
                 record.opened(security(&target), Protocol::Opaque);
                 tunnel.copy(stream, record).await
@@ -227,7 +228,10 @@ impl Outbound {
         record.opened(security(&target), protocol);
         match protocol.http() {
             Some(version) => self.serve(stream, version, target, draining, record).await,
-            None => self.open_tunnel(&target, record).await?.copy(stream, record).await,
+            None => {
+                let tunnel = self.open_tunnel(&target, record).await;
+                tunnel.inspect_err(|_| net::reset(&stream))?.copy(stream, record).await
+            }
         }
     }
 

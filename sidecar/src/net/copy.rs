@@ -4,7 +4,10 @@ use std::io;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
 
-use super::Stream;
+use super::{
+    Stream,
+    socket::{close_cleanly, reset},
+};
 
 /// Bytes on the way at a time and direction.
 const BUFFER: usize = 16 * 1024;
@@ -19,11 +22,14 @@ pub struct Copied {
 }
 
 /// Copies until both directions have ended. The end of one direction is passed on and the other goes on; an
-/// error in one direction ends both, so that a cut is seen as a cut.
+/// error in one direction ends both, so that a cut is seen as a cut: whatever else ends the copying, a cancelled
+/// future or a killed process too, both sides see a reset.
 ///
 /// # Errors
 /// The first error of either direction, with the bytes copied until then.
 pub async fn copy_both_ways(first: Stream, second: Stream) -> (Copied, io::Result<()>) {
+    reset(&first);
+    reset(&second);
     let (mut first_read, mut first_write) = split(first);
     let (mut second_read, mut second_write) = split(second);
     let mut copied = Copied::default();
@@ -32,6 +38,10 @@ pub async fn copy_both_ways(first: Stream, second: Stream) -> (Copied, io::Resul
         copy_one_way(&mut first_read, &mut second_write, forth),
         copy_one_way(&mut second_read, &mut first_write, back),
     );
+    if result.is_ok() {
+        close_cleanly(&first_read.unsplit(first_write));
+        close_cleanly(&second_read.unsplit(second_write));
+    }
     (copied, result.map(drop))
 }
 

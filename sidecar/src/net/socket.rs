@@ -70,7 +70,16 @@ pub fn set_options(stream: &TcpStream) -> io::Result<()> {
 /// Makes the end of the connection a reset (RST) instead of a clean close, so that nobody takes a refusal for an
 /// empty answer.
 pub fn reset(stream: &super::Stream) {
-    if let Err(error) = SockRef::from(stream.tcp()).set_linger(Some(Duration::ZERO)) {
-        tracing::debug!(%error, "a connection closes cleanly where it should be reset");
+    set_linger(stream, Some(Duration::ZERO));
+}
+
+/// Takes [`reset`] back: the connection has ended as it should.
+pub(super) fn close_cleanly(stream: &super::Stream) {
+    set_linger(stream, None);
+}
+
+fn set_linger(stream: &super::Stream, linger: Option<Duration>) {
+    if let Err(error) = SockRef::from(stream.tcp()).set_linger(linger) {
+        tracing::debug!(%error, "a connection may close in another way than it should");
     }
 }
