@@ -1,11 +1,12 @@
 """Says bytes to a server and prints all it answers.
 
-usage: say.py HOST PORT [--half-close] BYTES...
+usage: say.py HOST PORT [--half-close | --reset] BYTES...
 BYTES are Python escapes; `*N` repeats the ones before N times; `?TEXT` waits until TEXT was answered.
 """
 
 import codecs
 import socket
+import struct
 import sys
 
 host, port, *rest = sys.argv[1:]
@@ -14,7 +15,7 @@ connection = socket.create_connection((host, int(port)), timeout=15)
 answered = b""
 said = b""
 for word in rest:
-    if word == "--half-close":
+    if word in ("--half-close", "--reset"):
         continue
     if word.startswith("?"):
         while word[1:].encode() not in answered:
@@ -28,6 +29,9 @@ for word in rest:
     else:
         said = codecs.decode(word, "unicode_escape").encode("latin-1")
     connection.sendall(said)
+if "--reset" in rest:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sys.exit()
 if half_close:
     connection.shutdown(socket.SHUT_WR)
 try:
