@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 
 
 def write_app_files(mesh):
@@ -21,7 +20,7 @@ def write_app_files(mesh):
 
 def write_nginx(mesh, name, location):
     """A configuration that touches nothing outside our folder. Only modules that are built in may be named."""
-    version = subprocess.run(["nginx", "-V"], capture_output=True, text=True).stderr
+    version = mesh.run(["nginx", "-V"], with_errors=True)
     modules = [
         name for name in ("fastcgi", "uwsgi", "scgi") if f"--without-http_{name}_module" not in version
     ]

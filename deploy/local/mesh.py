@@ -319,18 +319,21 @@ class Mesh:
             self.processes.append(process)
         return process
 
-    def run(self, arguments):
-        done = subprocess.run(
-            arguments,
-            env=self.environment,
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
+    def run(self, arguments, with_errors=False):
+        """Runs a short command to its end, which no signal interrupts."""
+        with self.signals.held():
+            done = subprocess.run(
+                arguments,
+                env=self.environment,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
+            )
         if done.returncode != 0:
             raise Failed(f"{shlex.join(arguments[:3])} failed: {done.stderr.strip()}")
-        return done.stdout
+        return done.stdout + done.stderr if with_errors else done.stdout
 
     def show(self, workload, view):
         return json.loads(self.run([self.sidecar, "show", view, "--admin-socket", workload.socket]))
