@@ -251,9 +251,12 @@ fn host_value(authority: &Authority) -> Result<HeaderValue> {
 /// An absolute URI may do without a path; a request line may not (RFC 9112 3.2.1).
 fn path_of(uri: &Uri) -> Result<PathAndQuery> {
     match (uri.path_and_query(), uri.query()) {
+        // An empty one calls itself "/", and is written as nothing.
+        (None, _) => Ok(PathAndQuery::from_static("/")),
+        (Some(path), None) if path.as_str() == "/" => Ok(PathAndQuery::from_static("/")),
         (Some(path), _) if path.as_str().starts_with(['/', '*']) => Ok(path.clone()),
-        (_, None) => Ok(PathAndQuery::from_static("/")),
-        (_, Some(query)) => PathAndQuery::try_from(format!("/?{query}"))
+        (Some(_), None) => Err(Failed::new(Failure::BadRequest, "a request target without a path")),
+        (Some(_), Some(query)) => PathAndQuery::try_from(format!("/?{query}"))
             .map_err(|error| Failed::new(Failure::BadRequest, format!("request target: {error}"))),
     }
 }
