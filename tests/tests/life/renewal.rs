@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use weft_tests::{Mesh, Process, output_of, until};
+use weft_tests::{Mesh, output_of, until};
 
 use super::world::{World, assert_all_answered, can_run_here};
 
@@ -21,12 +21,6 @@ fn renewals_under_load_fail_no_request_and_an_authority_may_be_away() {
     std::fs::write(&body, "posted").unwrap();
     let gets = world.load(20, &["http://orders/"]);
     let posts = world.load(20, &["-d", &body, "http://orders/upload"]);
-    // A connection of its own, which says nothing: it is cut when its peer's certificate ends, and the log says so.
-    let script = "import socket, time; s = socket.create_connection(('orders', 80)); s.sendall(b'\\0opaque'); \
-                  s.settimeout(30); print('ended', s.recv(1))";
-    let mut opaque = world.client.command("python3");
-    opaque.args(["-c", script]);
-    let _opaque = Process::start("opaque", opaque);
     until("both have renewed", || certificates(&world.sidecar) > 1 && certificates(&instance.sidecar) > 1);
     world.mesh.stop_authority();
     until("they miss the authority", || {
