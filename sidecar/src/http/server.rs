@@ -117,6 +117,7 @@ where
     Answering: Future<Output = Result<Response<Body>, h2::Error>> + Send + 'static,
 {
     let timer = HeadTimer::new(stream.count_reads(), limits.header_timeout);
+    let cut = stream.cut_flag();
     let builder = http1(limits, timer.clone());
     let connection = builder.serve_connection(TokioIo::new(stream), service_fn(answer)).with_upgrades();
     let mut connection = std::pin::pin!(connection);
@@ -127,6 +128,10 @@ where
             timeout(drain_timeout, connection).await.map_err(|_| drained_too_long(drain_timeout))?
         }
     };
+    if ended.as_ref().is_err_and(hyper::Error::is_user) {
+        // A body broke off. To a client of HTTP/1.0 a clean close would be its proper end.
+        cut.store(true, Ordering::Relaxed);
+    }
     match ended {
         Err(error) if error.is_timeout() && timer.is_idle() => Ok(()),
         ended => ended.map_err(|error| client_failure(&error)),

@@ -5,7 +5,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Poll},
 };
@@ -17,12 +17,15 @@ use tokio::{
 };
 use tokio_rustls::TlsStream;
 
+use super::socket::reset;
+
 /// A byte stream. What detection read ahead is put back with [`Stream::unread`] and read again first.
 #[derive(Debug)]
 pub struct Stream {
     ahead: Bytes,
     io: Io,
     read: Option<Arc<AtomicU64>>,
+    cut: Option<Arc<AtomicBool>>,
 }
 
 #[derive(Debug)]
@@ -43,6 +46,12 @@ impl Stream {
         self.read.get_or_insert_default().clone()
     }
 
+    /// Set to true, it makes the end of this stream a reset: for whoever learns that something was cut after it
+    /// gave the stream away.
+    pub fn cut_flag(&mut self) -> Arc<AtomicBool> {
+        self.cut.get_or_insert_default().clone()
+    }
+
     /// The TCP socket below.
     pub fn tcp(&self) -> &TcpStream {
         match &self.io {
@@ -52,15 +61,23 @@ impl Stream {
     }
 }
 
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if self.cut.as_ref().is_some_and(|cut| cut.load(Ordering::Relaxed)) {
+            reset(self);
+        }
+    }
+}
+
 impl From<TcpStream> for Stream {
     fn from(tcp: TcpStream) -> Self {
-        Stream { ahead: Bytes::new(), io: Io::Tcp(tcp), read: None }
+        Stream { ahead: Bytes::new(), io: Io::Tcp(tcp), read: None, cut: None }
     }
 }
 
 impl From<TlsStream<Stream>> for Stream {
     fn from(tls: TlsStream<Stream>) -> Self {
-        Stream { ahead: Bytes::new(), io: Io::Tls(Box::new(tls)), read: None }
+        Stream { ahead: Bytes::new(), io: Io::Tls(Box::new(tls)), read: None, cut: None }
     }
 }
 

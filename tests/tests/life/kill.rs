@@ -38,15 +38,16 @@ fn an_app_that_is_killed_with_its_sidecar_fails_no_get() {
     }
 }
 
-/// Downloads that are under way: by Content-Length and chunked. (Not over HTTP/1.0 without a
-/// length: hyper closes such a connection, and the cut looks like an end.)
+/// Downloads that are under way: by Content-Length, chunked, and to a client of HTTP/1.0, for which a clean close
+/// would be the end.
 fn downloads(world: &World, folder: &Path) -> Vec<(&'static str, Process)> {
     const SLOW: &str = "http://orders/slow?bytes=2000000&seconds=20";
     const CHUNKED: &str = "http://orders/slow?bytes=2000000&seconds=20&chunked=yes";
-    let kinds = [("length", SLOW), ("chunked", CHUNKED)];
-    let start = |(kind, url): (&'static str, &str)| {
+    let kinds =
+        [("length", SLOW, "--http1.1"), ("chunked", CHUNKED, "--http1.1"), ("old", CHUNKED, "--http1.0")];
+    let start = |(kind, url, version): (&'static str, &str, &str)| {
         let body = folder.join(kind).display().to_string();
-        let curl = world.curl(&["-N", "-o", &body, "-w", "%{http_code}", url]);
+        let curl = world.curl(&[version, "-N", "-o", &body, "-w", "%{http_code}", url]);
         (kind, Process::start("curl", curl))
     };
     let started: Vec<_> = kinds.map(start).into();
@@ -76,7 +77,7 @@ fn a_body_that_is_cut_is_told_as_cut() {
             let told = code.is_some_and(|code| [18, 56].contains(&code));
             assert!(told && curl.log().contains("200"), "{kind}: {code:?}\n{}", curl.log());
         }
-        assert_eq!(instance.app.log().matches("/slow").count(), 2, "none was begun anew");
+        assert_eq!(instance.app.log().matches("/slow").count(), 3, "none was begun anew");
     }
 }
 
