@@ -5,6 +5,8 @@
 mod build;
 mod check;
 mod command;
+mod live;
+mod sources;
 mod stop;
 mod views;
 mod worker;

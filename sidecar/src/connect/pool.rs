@@ -58,6 +58,10 @@ const STREAMS_PER_CONNECTION: usize = 100;
 const STREAM_WINDOW: u32 = 256 * 1024;
 /// Bytes of an answer's header fields (hyper's own bound of 16 KiB is less than apps send).
 const HEADER_LIST: u32 = 256 * 1024;
+/// Bytes of a request's body that wait for its stream's window.
+const SEND_BUFFER: usize = 128 * 1024;
+/// Bytes read at a time from an HTTP/1 server, and so the longest head of its answers.
+const HTTP1_BUFFER: usize = 256 * 1024;
 /// Connections to one key; past it a call is refused rather than queued without bound.
 const CONNECTIONS_PER_KEY: usize = 256;
 /// Idle HTTP/1 connections kept per key.
@@ -316,6 +320,7 @@ async fn open_http1(
     let Secured { stream, peer } = connector.connect(key.address, &key.security, Alpn::Http1, limit).await?;
     let (sender, driver) = http1::Builder::new()
         .title_case_headers(true)
+        .max_buf_size(HTTP1_BUFFER)
         .handshake(TokioIo::new(stream))
         .await
         .map_err(|error| SendFailed::from_hyper(&error, true).failed)?;
@@ -346,6 +351,7 @@ fn http2_builder() -> http2::Builder<TokioExecutor> {
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(STREAM_WINDOW * STREAMS_PER_CONNECTION as u32)
         .max_header_list_size(HEADER_LIST)
+        .max_send_buf_size(SEND_BUFFER)
         .keep_alive_interval(PING_AFTER)
         .keep_alive_timeout(PING_TIMEOUT);
     builder

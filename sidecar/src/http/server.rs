@@ -74,6 +74,8 @@ impl HttpLimits {
 const MAX_WINDOW: u32 = (1 << 31) - 1;
 /// hyper refuses a smaller HTTP/1 buffer.
 const MIN_BUFFER: usize = 8192;
+/// Bytes of an answer's body that wait for its stream's window.
+const SEND_BUFFER: usize = 128 * 1024;
 /// A silent HTTP/2 peer is asked whether it lives after this long.
 const PING_AFTER: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
@@ -225,6 +227,7 @@ fn http2(limits: &HttpLimits) -> hyper::server::conn::http2::Builder<TokioExecut
         .max_header_list_size(u32::try_from(limits.header_list_bytes()).unwrap_or(u32::MAX))
         .initial_stream_window_size(limits.stream_window)
         .initial_connection_window_size(limits.connection_window())
+        .max_send_buf_size(SEND_BUFFER)
         .auto_date_header(false);
     builder
 }

@@ -28,7 +28,7 @@ time.sleep(60)
 /// As many equal readings of memory, 20 ms apart, mean that nothing moves any more.
 const STEADY: usize = 25;
 /// Two hundred streams of 256 KiB each, and what hyper, h2 and TLS hold before and behind those windows.
-const MOST_KIB: u64 = 300 * 1024;
+const MOST_KIB: u64 = 220 * 1024;
 
 fn resident_kib(sidecar: &Sidecar) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", sidecar.process.id())).unwrap();

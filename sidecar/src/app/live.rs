@@ -1,0 +1,116 @@
+//! Running: everything started in the order in which the sidecar becomes ready, then the wait for a reason to end.
+
+use std::{net::IpAddr, sync::Arc, thread, time::Duration};
+
+use anyhow::{Context, Result};
+use tokio::{
+    net::TcpListener,
+    sync::Notify,
+    time::{Instant, sleep},
+};
+
+use super::{
+    Parts, Shared,
+    build::Sockets,
+    sources::{start_dns, start_faces, start_sources},
+    stop::{End, asked, drain, running, signals},
+    worker,
+};
+use crate::{
+    discovery::publish::{Published, Workload, publish},
+    model::Endpoint,
+};
+
+/// After this long the log says what is still missing for readiness.
+const START_PATIENCE: Duration = Duration::from_secs(30);
+/// The longest wait for the last spans and log lines.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(3);
+
+impl Parts {
+    pub(super) async fn live(self) -> Result<u8> {
+        let Parts { shared, sockets, command, senders, span_export, drains, drainings } = self;
+        let drain_asked = Arc::new(Notify::new());
+        let mut signals = signals()?;
+        let Sockets { workers, dns_udp, dns_tcp, admin, admin_socket, delivery, advertised } = sockets;
+        start_sources(&shared, senders, span_export);
+        start_dns(&shared, dns_udp, dns_tcp)?;
+        let admin_address = admin.local_addr()?;
+        start_faces(&shared, TcpListener::from_std(admin)?, admin_socket, &drain_asked);
+        let mut threads = Vec::new();
+        for (number, listeners) in workers.into_iter().enumerate() {
+            let (shared, delivery, drainings) = (shared.clone(), delivery.clone(), drainings.clone());
+            let thread = thread::Builder::new().name(format!("worker-{number}"));
+            threads.push(thread.spawn(move || worker::run(&shared, listeners, delivery, drainings))?);
+        }
+        drop(drainings);
+        shared.conditions.serving.set(true);
+        tracing::info!(
+            service = %shared.config.own.service,
+            instance = %shared.config.own.instance,
+            admin = %admin_address,
+            admin_socket = %shared.config.ports.admin_socket.display(),
+            "started"
+        );
+        let early = tokio::select! {
+            () = ready(&shared) => None,
+            () = asked(&mut signals, &drain_asked) => Some(End::Asked),
+        };
+        let published = if early.is_none() { publish_workload(&shared, advertised)? } else { None };
+        let end = match early {
+            Some(end) => end,
+            None => running(command.as_deref(), &mut signals, &drain_asked).await?,
+        };
+        let code = drain(&shared, drains, published, command.as_deref(), end, &mut signals).await;
+        for thread in threads {
+            if thread.join().is_err() {
+                tracing::error!("a worker ended with a panic");
+            }
+        }
+        shared.telemetry.flush(FLUSH_PATIENCE).await;
+        let _ = std::fs::remove_file(&shared.config.ports.admin_socket);
+        Ok(code)
+    }
+}
+
+/// Waits until every condition is met.
+async fn ready(shared: &Shared) {
+    let start = Instant::now();
+    let mut told = false;
+    loop {
+        let missing = shared.readiness.missing();
+        if missing.is_empty() {
+            return tracing::info!(took = ?start.elapsed(), "ready");
+        }
+        if start.elapsed() > START_PATIENCE && !told {
+            tracing::warn!(?missing, "still not ready");
+            told = true;
+        }
+        sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// Writes our own workload where peers look for it.
+fn publish_workload(shared: &Shared, advertised: IpAddr) -> Result<Option<Published>> {
+    let config = &shared.config;
+    let (Some(folder), Some(port)) = (&config.stores.services, config.app.ports.first()) else {
+        return Ok(None);
+    };
+    if !config.stores.publish {
+        return Ok(None);
+    }
+    let identities = shared.credentials.borrow().iter().map(|credentials| credentials.id().clone()).collect();
+    let endpoint = Endpoint {
+        zone: config.own.zone.as_deref().map(Into::into),
+        ..Endpoint::at((advertised, *port).into())
+    };
+    let workload = Workload {
+        service: config.own.service.clone(),
+        instance: config.own.instance.clone(),
+        protocol: config.app.protocol,
+        identities,
+        endpoint,
+    };
+    let published = publish(folder, &workload)
+        .with_context(|| format!("cannot publish this workload in {}", folder.display()))?;
+    Ok(Some(published))
+}

@@ -1,0 +1,170 @@
+//! The tasks of the control thread: identity, stores, DNS, both faces of admin, and what readiness and metrics
+//! learn from them.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use anyhow::Result;
+use tokio::{
+    net::TcpListener,
+    sync::{Notify, watch},
+    time::{Instant, sleep},
+};
+
+use super::{Senders, Shared, build::default_policy, views};
+use crate::{
+    admin::{Public, serve_private, serve_public},
+    balance::Condition,
+    config::document::Mistake,
+    discovery::{self, dns},
+    identity,
+    telemetry::SpanExport,
+};
+
+/// The sources of what changes at run time.
+pub(super) fn start_sources(shared: &Arc<Shared>, senders: Senders, span_export: Option<SpanExport>) {
+    let config = &shared.config;
+    if let Some(export) = span_export {
+        tokio::spawn(async move {
+            if let Err(error) = export.run().await {
+                tracing::error!("spans are not exported: {error:#}");
+            }
+        });
+    }
+    match config.authority.clone() {
+        Some(authority) => {
+            let random = fastrand::Rng::new();
+            tokio::spawn(identity::run(authority, senders.credentials, senders.identity_status, random));
+        }
+        None => {
+            shared.conditions.identity.set(true);
+            tokio::spawn(keep((senders.credentials, senders.identity_status)));
+        }
+    }
+    let (service_mistakes, told) = watch::channel(Vec::new());
+    tokio::spawn(follow_mistakes(shared.clone(), told));
+    match config.stores.services.clone() {
+        Some(folder) => {
+            let settings = discovery::file::Settings { folder };
+            tokio::spawn(discovery::file::run(settings, senders.directory, service_mistakes));
+        }
+        None => {
+            shared.conditions.discovery.set(true);
+            tokio::spawn(keep(senders.directory));
+        }
+    }
+    let (policy_mistakes, told) = watch::channel(Vec::new());
+    tokio::spawn(follow_mistakes(shared.clone(), told));
+    match config.stores.policies.clone() {
+        Some(folder) => {
+            let settings = discovery::policies::Settings { folder, defaults: default_policy(config) };
+            tokio::spawn(discovery::policies::run(settings, senders.policies, policy_mistakes));
+        }
+        None => drop(tokio::spawn(keep(senders.policies))),
+    }
+    tokio::spawn(shared.upstreams.clone().follow());
+    tokio::spawn(count_endpoints(shared.clone()));
+    tokio::spawn(follow_identity(shared.clone()));
+    tokio::spawn(follow_directory(shared.clone()));
+}
+
+/// How many endpoints stand how, by service.
+async fn count_endpoints(shared: Arc<Shared>) {
+    loop {
+        for upstream in shared.upstreams.all() {
+            let states = upstream.balancer.states(Instant::now());
+            for (condition, label) in CONDITIONS {
+                let count = states.iter().filter(|state| state.condition == condition).count();
+                shared.telemetry.metrics().endpoints(upstream.name().as_str(), label, count);
+            }
+        }
+        sleep(COUNT_ENDPOINTS).await;
+    }
+}
+
+/// How often endpoints are counted for the metrics.
+const COUNT_ENDPOINTS: Duration = Duration::from_secs(2);
+const CONDITIONS: [(Condition, &str); 3] =
+    [(Condition::Closed, "ready"), (Condition::Ejected, "ejected"), (Condition::HalfOpen, "probing")];
+
+/// Keeps a sender alive, so that whoever watches goes on waiting.
+async fn keep<Sender>(sender: Sender) {
+    std::future::pending::<()>().await;
+    drop(sender);
+}
+
+/// Counts looks at a store: `ok`, or `refused` while a document in it has mistakes.
+async fn follow_mistakes(shared: Arc<Shared>, mut mistakes: watch::Receiver<Vec<Mistake>>) {
+    while mistakes.changed().await.is_ok() {
+        let result = if mistakes.borrow_and_update().is_empty() { "ok" } else { "refused" };
+        shared.telemetry.metrics().config_reloaded(result);
+    }
+}
+
+/// Readiness and metrics of our identity.
+async fn follow_identity(shared: Arc<Shared>) {
+    let mut credentials = shared.credentials.clone();
+    if shared.config.authority.is_none() {
+        return;
+    }
+    loop {
+        let current = credentials.borrow_and_update().clone();
+        shared.conditions.identity.set(current.is_some());
+        if let Some(current) = current {
+            shared.telemetry.set_identity(current.id());
+            shared.telemetry.metrics().certificate_expires(current.not_after());
+            shared.telemetry.metrics().identity_renewed("ok");
+        }
+        if credentials.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn follow_directory(shared: Arc<Shared>) {
+    let mut directory = shared.directory.clone();
+    if directory.changed().await.is_ok() {
+        shared.conditions.discovery.set(true);
+    }
+}
+
+pub(super) fn start_dns(
+    shared: &Arc<Shared>,
+    udp: Vec<std::net::UdpSocket>,
+    tcp: Vec<std::net::TcpListener>,
+) -> Result<()> {
+    let configured = &shared.config.stores.dns;
+    let resolvers = if configured.is_empty() { resolvers_of_host() } else { configured.clone() };
+    let running = dns::run(
+        dns::Settings { udp, tcp, resolvers },
+        shared.directory.clone(),
+        shared.virtual_addresses.clone(),
+        shared.telemetry.metrics().clone(),
+    );
+    tokio::spawn(async move {
+        if let Err(error) = running.await {
+            tracing::error!("DNS is not answered: {error}");
+        }
+    });
+    Ok(())
+}
+
+/// The resolvers of `/etc/resolv.conf`; without one, names of others are not answered.
+fn resolvers_of_host() -> Vec<SocketAddr> {
+    std::fs::read_to_string("/etc/resolv.conf").map(|text| dns::resolvers(&text)).unwrap_or_default()
+}
+
+pub(super) fn start_faces(
+    shared: &Arc<Shared>,
+    public: TcpListener,
+    private: tokio::net::UnixListener,
+    drain_asked: &Arc<Notify>,
+) {
+    let face = Public {
+        readiness: shared.readiness.clone(),
+        metrics: shared.telemetry.metrics().clone(),
+        probes: Vec::new(),
+        quit: None,
+    };
+    tokio::spawn(serve_public(public, face));
+    tokio::spawn(serve_private(private, views::private(shared, drain_asked.clone())));
+}
