@@ -15,8 +15,8 @@ import urllib.request
 SPANS_KEPT = 50_000
 LONGEST_BODY = 16 * 1024 * 1024
 FORWARD_PATIENCE = 5  # seconds
-BAR = 10  # columns
-LABEL = 52  # columns
+BAR = 7  # columns
+LABEL = 53  # columns
 
 
 class Span:
@@ -70,7 +70,10 @@ class Receiver:
                 length = int(self.headers.get("content-length", 0))
                 if self.path != "/v1/traces" or length > LONGEST_BODY:
                     return self.send_error(404)
-                receiver.take(self.rfile.read(length))
+                body = self.rfile.read(length)
+                if len(body) < length:
+                    return  # a sidecar was killed while it sent
+                receiver.take(body)
                 self.send_response(200)
                 self.send_header("content-type", "application/json")
                 self.send_header("content-length", "2")
@@ -80,7 +83,13 @@ class Receiver:
             def log_message(self, *_):
                 pass
 
-        self.server = http.server.ThreadingHTTPServer((address, 4318), Handler)
+        class Server(http.server.ThreadingHTTPServer):
+            def handle_error(self, request, client_address):
+                # so was one that does not wait for its answer
+                if not isinstance(sys.exc_info()[1], ConnectionError):
+                    super().handle_error(request, client_address)
+
+        self.server = Server((address, 4318), Handler)
         self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         if forward_to:
@@ -184,17 +193,17 @@ def show_tree(spans):
     children = {}
     for span in sorted(spans, key=lambda span: span.start):
         children.setdefault(span.parent, []).append(span)
-    print(dim(f"    {'at ms':>7}{'took':>8}  {'':{LABEL}}ended"))
+    print(dim(f"    {'at ms':>6}{'took':>7}  {'':{LABEL}} ended"))
 
     def show(span, lead, branch):
         at, took = (span.start - root.start) / 1e6, (span.end - span.start) / 1e6
         label = f"{lead}{branch}{label_of(span)}"
         outcome = span.outcome()
         failed = bool(span.get("weft.failure"))
-        ended = f"{outcome:<16}"
+        ended = f"{outcome:<19} "
         if failed:
             ended = red(ended)
-        line = f"    {at:7.1f}{took:8.1f}  {label:{LABEL}}{ended}{bar(root, span, failed)}"
+        line = f"    {at:6.1f}{took:7.1f}  {label:{LABEL}} {ended}{bar(root, span, failed)}"
         print(line.rstrip())
         below = children.get(span.id, [])
         deeper = lead + {"": "", "├─ ": "│  ", "└─ ": "   "}[branch]
@@ -207,7 +216,7 @@ def show_tree(spans):
 def label_of(span):
     if span.is_attempt():
         reason = span.get("weft.retry.reason")
-        return f"attempt {span.get('weft.attempt')} at {span.get('weft.endpoint')}" + (
+        return f"attempt {span.get('weft.attempt')}: {span.get('weft.endpoint')}" + (
             ", retry" if reason else ""
         )
     if span.is_inbound():

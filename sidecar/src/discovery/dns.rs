@@ -25,6 +25,7 @@ use crate::telemetry::Metrics;
 
 pub use self::{
     answer::{Decision, decide},
+    forward::answers,
     resolv_conf::resolvers,
 };
 

@@ -126,7 +126,7 @@ fn trace_headers(bytes: &[u8]) {
     assert_eq!((again.trace_id, again.span_id), (parent.trace_id, 7));
 }
 
-/// An answer bears the id of its question; what is forwarded is a question.
+/// An answer bears the id of its question; what is forwarded is a question; not every answer is ours.
 fn dns_question(bytes: &[u8]) {
     let directory = Directory::default();
     match dns::decide(bytes, &directory, |_| Some(Ipv4Addr::new(240, 0, 0, 1))) {
@@ -137,7 +137,14 @@ fn dns_question(bytes: &[u8]) {
         dns::Decision::Forward => assert!(bytes[2] & 0x80 == 0, "an answer is forwarded"),
         dns::Decision::Silence => {}
     }
+    // The same bytes as a resolver's answer: only one with our id and question is passed on.
+    if dns::answers(QUESTION, bytes) {
+        assert!(bytes[..2] == QUESTION[..2] && bytes[2] & 0x80 != 0);
+    }
 }
+
+/// `example. IN A`, with the id 0x1234.
+const QUESTION: &[u8] = b"\x12\x34\x01\0\0\x01\0\0\0\0\0\0\x07example\0\0\x01\0\x01";
 
 fn service(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };

@@ -130,7 +130,7 @@ fn with_new_id(question: &[u8]) -> io::Result<Vec<u8>> {
 }
 
 /// Is this an answer to that question? A server that could not read the question may leave it out.
-fn answers(question: &[u8], answer: &[u8]) -> bool {
+pub fn answers(question: &[u8], answer: &[u8]) -> bool {
     let (Some((asked, Some(query))), Some((header, repeated))) = (start(question), start(answer)) else {
         return false;
     };
