@@ -13,6 +13,7 @@ host, port, *rest = sys.argv[1:]
 half_close = "--half-close" in rest
 connection = socket.create_connection((host, int(port)), timeout=15)
 answered = b""
+was_reset = False
 said = b""
 for word in rest:
     if word in ("--half-close", "--reset"):
@@ -28,15 +29,20 @@ for word in rest:
         said *= int(word[1:]) - 1
     else:
         said = codecs.decode(word, "unicode_escape").encode("latin-1")
-    connection.sendall(said)
+    try:
+        connection.sendall(said)
+    except (ConnectionResetError, BrokenPipeError):
+        # the server is faster than we are; what it answered before is still to be read
+        was_reset = True
+        break
 if "--reset" in rest:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sys.exit()
-if half_close:
-    connection.shutdown(socket.SHUT_WR)
 try:
+    if half_close and not was_reset:
+        connection.shutdown(socket.SHUT_WR)
     while data := connection.recv(65536):
         answered += data
-except ConnectionResetError:
-    answered += b"[reset]"
-sys.stdout.buffer.write(answered)
+except (ConnectionResetError, BrokenPipeError):
+    was_reset = True
+sys.stdout.buffer.write(answered + (b"[reset]" if was_reset else b""))
