@@ -13,7 +13,7 @@ use nix::unistd::chown;
 use tempfile::TempDir;
 use weft_proto::names::SIDECAR_UID;
 
-use crate::{Network, Pod, Process, output_of, program, program_for_everyone, until};
+use crate::{Network, Pod, Process, output_of, pause, program, program_for_everyone, until};
 
 /// A running certificate authority, and what sidecars need to join.
 #[derive(Debug)]
@@ -37,6 +37,9 @@ pub struct Sidecar {
     address: IpAddr,
 }
 
+/// How often a log may grow before it is taken as it is, and for how many pauses it must not.
+const QUIET_ROUNDS: u32 = 10;
+const QUIET_PAUSES: u32 = 5;
 /// The trust domain of the tests.
 pub const TRUST_DOMAIN: &str = "weft.test";
 
@@ -288,9 +291,19 @@ impl Sidecar {
         found.unwrap_or_default()
     }
 
-    /// The lines of its access log so far, as JSON.
+    /// The lines of its access log so far, as JSON. Lines are written behind the answers they tell of: it waits
+    /// until no more come, for a moment.
     pub fn access_log(&self) -> Vec<serde_json::Value> {
-        self.process.log().lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+        let mut log = self.process.log();
+        for _ in 0..QUIET_ROUNDS {
+            (0..QUIET_PAUSES).for_each(|_| pause());
+            let later = self.process.log();
+            if later.len() == log.len() {
+                break;
+            }
+            log = later;
+        }
+        log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use weft_tests::{Mesh, Need, can_run, output_of};
+use weft_tests::{Mesh, Need, can_run, identity, output_of, until};
 
 #[test]
 fn curl_reaches_nginx_through_two_sidecars() {
@@ -25,9 +25,8 @@ fn curl_reaches_nginx_through_two_sidecars() {
     let mut curl = client.command("curl");
     curl.args(["-s", "-S", "-m", "5", "http://orders/"]);
     assert_eq!(output_of(curl), "hello");
-    assert!(
-        to.access_log().iter().any(|line| line["peer_identity"] == weft_tests::identity("web")),
-        "{}",
-        to.process.log()
-    );
+    // The line is written behind the answer.
+    until("the server's sidecar tells of the caller", || {
+        to.access_log().iter().any(|line| line["peer_identity"] == identity("web"))
+    });
 }
