@@ -5,9 +5,10 @@
 mod connector;
 mod failure;
 mod pool;
+mod standing;
 mod trust;
 
 pub use connector::{Connector, Dialer, Secured, SocketMaker};
 pub use failure::SendFailed;
 pub use pool::{InUse, Key, Lease, Pool, Security, one_off};
-pub use trust::trust_ended;
+pub use trust::{trust_ended, trust_is_over};

@@ -16,4 +16,4 @@ pub use observe::{begin_answer, end_answer};
 pub use replay::Replay;
 pub use respond::{answer, refuse_stream};
 pub use server::{HttpLimits, serve};
-pub use upgrade::{Upgrade, frame_for_upgrade, left_http, wants_upgrade};
+pub use upgrade::{Upgrade, Upgraded, frame_for_upgrade, left_http, wants_upgrade};

@@ -11,7 +11,7 @@ mod request;
 pub use arrival::{Arrival, Caller};
 pub use delivery::{Delivery, Meaning};
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use hyper::{Request, body::Incoming};
 use tokio::{
@@ -29,7 +29,7 @@ use crate::{
     net::{self, Stream},
     policy::authorization::{Permit, authorize},
     telemetry::{self, Direction, ServiceMetrics, Telemetry},
-    tls::{self, Alpn, Credentials, VerifiedPeer},
+    tls::{self, Alpn, Credentials},
 };
 
 /// A silent client may wait for the server to speak first; after this long the app is asked.
@@ -65,9 +65,14 @@ impl Inbound {
     pub async fn connection(self: Arc<Self>, tcp: TcpStream, client: SocketAddr, draining: Draining) {
         let mut record = self.telemetry.connection(Direction::Inbound, client);
         let mut abort = draining.clone();
+        let cut = record.cut().clone();
         let ended = tokio::select! {
             ended = self.accepted(tcp, client, draining, &mut record) => ended,
-            () = abort.aborted() => Err(Failed::new(Failure::Draining, "the drain took too long")),
+            // Said before the connection is dropped, for the records of its requests.
+            too_long = async {
+                abort.aborted().await;
+                cut.because(Failed::new(Failure::Draining, "the drain took too long"))
+            } => Err(too_long),
         };
         if let Err(failed) = ended {
             record.fail(failed);
@@ -85,7 +90,8 @@ impl Inbound {
         let app = self.delivery.address_of_app(meant)?;
         record.endpoint(app);
         record.service(&self.metrics);
-        let arrival = Arrival { caller: Caller::Plaintext, client, meant, app, upgrade: Upgrade::default() };
+        let (caller, upgrade, cut) = (Caller::Plaintext, Upgrade::default(), record.cut().clone());
+        let arrival = Arrival { caller, client, meant, app, upgrade, cut };
         let mut stream = Stream::from(tcp);
         let silence = match self.delivery.mutual_tls(meant.port()) {
             MutualTls::Strict => STRICT_SILENCE,
@@ -139,36 +145,14 @@ impl Inbound {
             Ok(accepted) => accepted?,
             Err(_) => return Err(Failed::new(Failure::ClientTimeout, "the TLS handshake took too long")),
         };
-        let peer = Arc::new(peer);
         record.peer(Some(peer.id()));
-        arrival.caller = Caller::Peer(peer.clone());
+        arrival.caller = Caller::Peer(peer);
         let protocol = match alpn {
             Alpn::Http2 => Protocol::Http2,
             Alpn::Http1 => Protocol::Http1,
             Alpn::Tcp => Protocol::Opaque,
         };
-        let trust = trust_ended(&peer, self.credentials.clone(), Duration::ZERO);
-        match protocol.http() {
-            Some(version) => {
-                record.opened(security(&arrival.caller, protocol), protocol);
-                let mut draining = draining;
-                let stop = async {
-                    tokio::select! {
-                        () = draining.started() => {}
-                        () = trust => {}
-                    }
-                };
-                let credentials = self.credentials.clone();
-                tokio::select! {
-                    ended = self.serve(stream, version, arrival, record, stop) => ended,
-                    () = cut_after(&peer, credentials, self.drain_timeout) => Err(trust_is_over(&peer)),
-                }
-            }
-            None => tokio::select! {
-                ended = self.forward(stream, Protocol::Opaque, arrival, record) => ended,
-                () = trust => Err(trust_is_over(&peer)),
-            },
-        }
+        self.carry(stream, protocol, arrival, draining, record).await
     }
 
     /// A client that says nothing: the app is connected, and whoever speaks first decides.
@@ -190,49 +174,26 @@ impl Inbound {
             FirstToSpeak::Server => {
                 self.permit(&arrival)?;
                 record.opened(security(&arrival.caller, Protocol::Opaque), Protocol::Opaque);
-                tokio::select! {
-                    ended = copy(stream, app, record) => ended,
-                    () = self.delivery.turned_strict(arrival.meant.port()) => Err(plaintext_is_over(arrival.meant)),
-                }
+                self.copy(stream, app, &arrival, record).await
             }
         }
     }
 
-    /// Plaintext, as long as it is taken.
+    /// HTTP or bytes, as long as the caller is welcome. HTTP may finish what is under way then.
     async fn carry(
         self: &Arc<Self>,
         stream: Stream,
         protocol: Protocol,
         arrival: Arrival,
-        mut draining: Draining,
+        draining: Draining,
         record: &mut telemetry::Connection,
     ) -> Result<()> {
         record.opened(security(&arrival.caller, protocol), protocol);
-        let meant = arrival.meant;
         match protocol.http() {
-            Some(version) => {
-                // Boxed, as they are of plaintext only and a connection's future is to stay small.
-                let stop = Box::pin(async {
-                    tokio::select! {
-                        () = draining.started() => {}
-                        () = self.delivery.turned_strict(meant.port()) => {}
-                    }
-                });
-                let cut = Box::pin(async {
-                    self.delivery.turned_strict(meant.port()).await;
-                    tokio::time::sleep(self.drain_timeout).await;
-                });
-                tokio::select! {
-                    ended = self.serve(stream, version, arrival, record, stop) => ended,
-                    () = cut => Err(plaintext_is_over(meant)),
-                }
-            }
+            Some(version) => self.serve(stream, version, arrival, draining, record).await,
             None => {
-                let strict = Box::pin(self.delivery.turned_strict(meant.port()));
-                tokio::select! {
-                    ended = self.forward(stream, protocol, arrival, record) => ended,
-                    () = strict => Err(plaintext_is_over(meant)),
-                }
+                let app = self.connect_own(&arrival).await.inspect_err(|_| net::reset(&stream))?;
+                self.copy(stream, app, &arrival, record).await
             }
         }
     }
@@ -242,31 +203,60 @@ impl Inbound {
         stream: Stream,
         version: HttpVersion,
         arrival: Arrival,
+        mut draining: Draining,
         record: &mut telemetry::Connection,
-        stop: impl Future<Output = ()>,
     ) -> Result<()> {
         let arrival = Arc::new(arrival);
         let answer = |request: Request<Incoming>| {
             let (story, arrival) = (self.clone(), arrival.clone());
             async move { story.answer(request, &arrival, version).await }
         };
-        http::serve(stream, version, &self.limits, stop, self.drain_timeout, answer).await?;
-        let (copied, ended) = arrival.upgrade.splice().await;
-        record.bytes(copied.forth, copied.back);
-        ended.map_err(|error| Failed::new(Failure::Reset, error.to_string()))
+        let stop = async {
+            tokio::select! {
+                () = draining.started() => Failed::new(Failure::Draining, "the sidecar stops"),
+                over = self.welcome_over(&arrival) => over,
+            }
+        };
+        http::serve(stream, version, &self.limits, stop, self.drain_timeout, &arrival.cut, answer).await?;
+        match arrival.upgrade.upgraded().await.map_err(|error| broke(&error))? {
+            Some(upgraded) => self.copy(upgraded.client, upgraded.server, &arrival, record).await,
+            None => Ok(()),
+        }
     }
 
-    /// Bytes to the app and back.
-    async fn forward(
+    /// Bytes both ways, as long as the caller is welcome.
+    async fn copy(
         &self,
-        stream: Stream,
-        protocol: Protocol,
-        arrival: Arrival,
+        client: Stream,
+        app: Stream,
+        arrival: &Arrival,
         record: &mut telemetry::Connection,
     ) -> Result<()> {
-        record.opened(security(&arrival.caller, protocol), protocol);
-        let app = self.connect_own(&arrival).await.inspect_err(|_| net::reset(&stream))?;
-        copy(stream, app, record).await
+        tokio::select! {
+            (copied, ended) = net::copy_both_ways(client, app) => {
+                record.bytes(copied.forth, copied.back);
+                ended.map_err(|error| broke(&error))
+            }
+            over = self.welcome_over(arrival) => Err(over),
+        }
+    }
+
+    /// Resolves when this caller may no longer be here: the trust in a peer has ended, or plaintext is no longer
+    /// taken. Boxed, as most of a connection's life it only waits.
+    fn welcome_over<'a>(&'a self, arrival: &'a Arrival) -> Pin<Box<dyn Future<Output = Failed> + Send + 'a>> {
+        Box::pin(async {
+            match &arrival.caller {
+                Caller::Peer(peer) => {
+                    trust_ended(peer, self.credentials.clone(), Duration::ZERO).await;
+                    connect::trust_is_over(peer)
+                }
+                Caller::Plaintext => {
+                    self.delivery.turned_strict(arrival.meant.port()).await;
+                    plaintext_is_over(arrival.meant)
+                }
+                Caller::Own(_) => std::future::pending().await,
+            }
+        })
     }
 
     /// A connection of the app to itself, without the network.
@@ -313,12 +303,6 @@ fn as_app(failed: Failed) -> Failed {
     Failed::new(failure, format!("the app at {}", failed.detail))
 }
 
-async fn copy(client: Stream, app: Stream, record: &mut telemetry::Connection) -> Result<()> {
-    let (copied, ended) = net::copy_both_ways(client, app).await;
-    record.bytes(copied.forth, copied.back);
-    ended.map_err(|error| Failed::new(Failure::Reset, error.to_string()))
-}
-
 /// What protects a connection, for its metrics.
 fn security(caller: &Caller, protocol: Protocol) -> telemetry::Security {
     match (caller, protocol) {
@@ -328,23 +312,9 @@ fn security(caller: &Caller, protocol: Protocol) -> telemetry::Security {
     }
 }
 
-/// Resolves when a connection has had its time to finish after the trust in its peer ended.
-async fn cut_after(
-    peer: &VerifiedPeer,
-    credentials: watch::Receiver<Option<Arc<Credentials>>>,
-    drain_timeout: Duration,
-) {
-    trust_ended(peer, credentials, Duration::ZERO).await;
-    tokio::time::sleep(drain_timeout).await;
-}
-
 fn plaintext_is_over(meant: SocketAddr) -> Failed {
     let detail = format!("{meant} takes mutual TLS of the mesh only, since its policy changed");
     Failed::new(Failure::PlaintextRefused, detail)
-}
-
-fn trust_is_over(peer: &VerifiedPeer) -> Failed {
-    Failed::new(Failure::UntrustedPeer, format!("the trust in {} ended", peer.id()))
 }
 
 fn names_the_mesh(ahead: &ReadAhead) -> bool {
@@ -353,6 +323,10 @@ fn names_the_mesh(ahead: &ReadAhead) -> bool {
             detect::client_hello(&ahead.bytes),
             Hello::Parsed { alpn, .. } if alpn.iter().any(|name| name.starts_with(b"weft-"))
         )
+}
+
+fn broke(error: &io::Error) -> Failed {
+    Failed::new(Failure::Reset, error.to_string())
 }
 
 fn client_broke(error: &io::Error) -> Failed {

@@ -24,11 +24,12 @@ use crate::{
     detect::{self, FirstToSpeak, Heard},
     discovery::{Destination, Directory, VirtualAddresses},
     drain::Draining,
-    http::{self, HttpLimits, Upgrade},
+    http::{self, HttpLimits, Upgrade, Upgraded},
     inbound::Inbound,
     model::{Endpoint, Failed, Failure, HttpVersion, Protocol, Result, ServiceName},
     net::{self, Stream},
-    telemetry::{self, Direction, Telemetry},
+    telemetry::{self, Cut, Direction, Telemetry},
+    tls::VerifiedPeer,
 };
 
 /// A silent client may wait for the server to speak first; after this long the server is asked.
@@ -91,6 +92,7 @@ impl Outbound {
     ) {
         let mut record = self.telemetry.connection(Direction::Outbound, client);
         let mut abort = draining.clone();
+        let cut = record.cut().clone();
         let carried = async {
             match target {
                 Ok(target) => self.carry(tcp.into(), target, draining, &mut record).await,
@@ -99,7 +101,11 @@ impl Outbound {
         };
         let ended = tokio::select! {
             ended = carried => ended,
-            () = abort.aborted() => Err(Failed::new(Failure::Draining, "the drain took too long")),
+            // Said before the connection is dropped, for the records of its requests.
+            too_long = async {
+                abort.aborted().await;
+                cut.because(Failed::new(Failure::Draining, "the drain took too long"))
+            } => Err(too_long),
         };
         if let Err(failed) = ended {
             record.fail(failed);
@@ -243,17 +249,23 @@ impl Outbound {
         mut draining: Draining,
         record: &mut telemetry::Connection,
     ) -> Result<()> {
-        let upgrade = Upgrade::default();
+        let (upgrade, cut) = (Upgrade::default(), record.cut().clone());
         let client = stream.tcp().peer_addr().map_err(|error| client_broke(&error))?;
         let answer = |request: Request<Incoming>| {
             let (story, target, upgrade) = (self.clone(), target.clone(), upgrade.clone());
-            async move { Ok(story.answer(request, &target, client, version, &upgrade).await) }
+            let cut = cut.clone();
+            async move { Ok(story.answer(request, &target, client, version, &upgrade, &cut).await) }
         };
-        let stop = async { draining.started().await };
-        http::serve(stream, version, &self.limits, stop, self.drain_timeout, answer).await?;
-        let (copied, ended) = upgrade.splice().await;
-        record.bytes(copied.forth, copied.back);
-        ended.map_err(|error| Failed::new(Failure::Reset, error.to_string()))
+        let stop = stopping(&mut draining);
+        http::serve(stream, version, &self.limits, stop, self.drain_timeout, &cut, answer).await?;
+        let upgraded = upgrade.upgraded().await;
+        match upgraded.map_err(|error| Failed::new(Failure::Reset, error.to_string()))? {
+            Some(Upgraded { client, server, peer }) => {
+                record.peer(peer.as_ref().map(VerifiedPeer::id));
+                self.tunnel(server, peer, None).copy(client, record).await
+            }
+            None => Ok(()),
+        }
     }
 
     /// Tells an HTTP client why its connection leads nowhere; resets any other.
@@ -270,13 +282,19 @@ impl Outbound {
                 let is_grpc = http::headers::is_grpc(request.headers());
                 async move { Ok(http::answer(failure, is_grpc)) }
             };
-            let stop = async { draining.started().await };
-            http::serve(stream, version, &self.limits, stop, self.drain_timeout, answer).await?;
+            let (stop, cut) = (stopping(&mut draining), Cut::default());
+            http::serve(stream, version, &self.limits, stop, self.drain_timeout, &cut, answer).await?;
         } else {
             net::reset(&stream);
         }
         Err(failed)
     }
+}
+
+/// Resolves when the sidecar stops.
+async fn stopping(draining: &mut Draining) -> Failed {
+    draining.started().await;
+    Failed::new(Failure::Draining, "the sidecar stops")
 }
 
 /// What protects the connection to the target, for its metrics.

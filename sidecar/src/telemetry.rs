@@ -6,6 +6,7 @@
 
 mod access_log;
 mod connection;
+mod cut;
 mod exposition;
 mod families;
 mod log;
@@ -32,6 +33,7 @@ use weft_proto::spiffe::SpiffeId;
 
 pub use access_log::{AccessLog, AccessLogTarget};
 pub use connection::Connection;
+pub use cut::Cut;
 pub use exposition::{CLASSIC, OPENMETRICS};
 #[cfg(test)]
 pub(crate) use log::silent_log;
@@ -81,15 +83,17 @@ impl Telemetry {
     }
 
     /// Opens the record of a request whose head has arrived. `handles` say the direction and what is known of
-    /// the service so far. Call it before the headers are changed.
+    /// the service so far, `cut` belongs to the connection that it came on. Call it before the headers are
+    /// changed.
     pub fn begin<Body>(
         self: &Arc<Self>,
         handles: &Arc<ServiceMetrics>,
         protocol: Protocol,
         peer_address: SocketAddr,
         request: &Request<Body>,
+        cut: &Cut,
     ) -> Record {
-        Record::begin(self, handles, protocol, peer_address, request)
+        Record::begin(self, handles, protocol, peer_address, request, cut)
     }
 
     /// Opens the record of a connection that was accepted.

@@ -30,7 +30,7 @@ use tokio_stream::wrappers::TcpListenerStream;
 use weft_sidecar::{
     config::AccessLogMode,
     model::{Failed, Failure, Protocol},
-    telemetry::{AccessLog, AccessLogTarget, Direction, Metrics, Telemetry, TraceSettings},
+    telemetry::{AccessLog, AccessLogTarget, Cut, Direction, Metrics, Telemetry, TraceSettings},
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -57,7 +57,7 @@ fn call(telemetry: &Arc<Telemetry>) {
         Request::get("http://stock:8080/items?secret").header("traceparent", PARENT).body(()).unwrap();
     let from = SocketAddr::from((Ipv4Addr::LOCALHOST, 40_000));
     let endpoint = SocketAddr::from(([10, 1, 0, 9], 8080));
-    let mut record = telemetry.begin(&handles, Protocol::Http1, from, &request);
+    let mut record = telemetry.begin(&handles, Protocol::Http1, from, &request, &Cut::default());
     record.attempt(endpoint, None);
     record.attempt_failed(&Failed::new(Failure::ConnectRefused, "10.1.0.9:8080 refused"));
     record.attempt(endpoint, Some(Failure::ConnectRefused.label()));

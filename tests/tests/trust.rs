@@ -6,6 +6,8 @@ mod capture;
 mod change;
 #[path = "trust/claims.rs"]
 mod claims;
+#[path = "trust/ending.rs"]
+mod ending;
 #[path = "trust/reach.rs"]
 mod reach;
 #[path = "trust/refusals.rs"]

@@ -17,6 +17,9 @@ use crate::{discovery::publish::Published, redirect::Namespace};
 
 /// How long the command may take to stop after its signal.
 const COMMAND_PATIENCE: Duration = Duration::from_secs(10);
+/// How long connections may take to end that were told to abort: a turn of their worker.
+const ABORT_PATIENCE: Duration = Duration::from_secs(1);
+const ABORT_POLL: Duration = Duration::from_millis(5);
 /// How often a host's sidecar looks whether its app is gone.
 const APP_GONE_POLL: Duration = Duration::from_millis(200);
 
@@ -96,8 +99,22 @@ pub(super) async fn drain(
             1
         }
     };
+    cut_ones_gone(shared).await;
     workers.start();
     code
+}
+
+/// Waits until the connections that were told to abort have ended, and with them their records.
+async fn cut_ones_gone(shared: &Shared) {
+    let (limit, places) = (shared.config.limits.connections, &shared.places);
+    let all_free = || {
+        let free = [&places.inbound_connections, &places.outbound_connections];
+        free.into_iter().all(|places| places.available_permits() == limit)
+    };
+    let deadline = Instant::now() + ABORT_PATIENCE;
+    while !all_free() && Instant::now() < deadline {
+        sleep(ABORT_POLL).await;
+    }
 }
 
 /// Asks the command to stop, and makes it.

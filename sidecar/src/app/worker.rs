@@ -117,7 +117,8 @@ fn limits(shared: &Shared) -> HttpLimits {
 }
 
 fn inbound(shared: &Arc<Shared>, delivery: Delivery) -> Arc<Inbound> {
-    let connector = Connector::new(shared.app_dialer.clone(), shared.credentials.clone());
+    let connector =
+        Connector::new(shared.app_dialer.clone(), shared.credentials.clone(), shared.config.drain.timeout);
     let service = shared.config.own.service.as_str();
     Arc::new(Inbound {
         delivery,
@@ -134,7 +135,7 @@ fn inbound(shared: &Arc<Shared>, delivery: Delivery) -> Arc<Inbound> {
 
 fn outbound(shared: &Arc<Shared>, inbound: Arc<Inbound>) -> Arc<Outbound> {
     let config = &shared.config;
-    let connector = Connector::new(Dialer::Direct, shared.credentials.clone());
+    let connector = Connector::new(Dialer::Direct, shared.credentials.clone(), config.drain.timeout);
     let explicit =
         config.upstreams.iter().map(|upstream| (upstream.listen, upstream.service.clone())).collect();
     Arc::new(Outbound {

@@ -45,6 +45,7 @@ impl Dialer {
 pub struct Connector {
     dialer: Dialer,
     credentials: watch::Receiver<Option<Arc<Credentials>>>,
+    drain_timeout: Duration,
 }
 
 /// A connection and, in the mesh, the proven other side.
@@ -56,14 +57,24 @@ pub struct Secured {
 }
 
 impl Connector {
-    /// `credentials` are taken anew for each connection.
-    pub fn new(dialer: Dialer, credentials: watch::Receiver<Option<Arc<Credentials>>>) -> Self {
-        Connector { dialer, credentials }
+    /// `credentials` are taken anew for each connection. HTTP that is under way when the trust in a peer ends may
+    /// go on for `drain_timeout`.
+    pub fn new(
+        dialer: Dialer,
+        credentials: watch::Receiver<Option<Arc<Credentials>>>,
+        drain_timeout: Duration,
+    ) -> Self {
+        Connector { dialer, credentials, drain_timeout }
     }
 
     /// Our own credentials, to watch.
     pub fn credentials(&self) -> &watch::Receiver<Option<Arc<Credentials>>> {
         &self.credentials
+    }
+
+    /// How long HTTP may go on after the trust in its peer ended.
+    pub(super) fn drain_timeout(&self) -> Duration {
+        self.drain_timeout
     }
 
     /// Opens a connection within `limit`, TCP and TLS together.

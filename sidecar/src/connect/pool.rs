@@ -7,7 +7,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -17,19 +17,22 @@ use hyper::{
     body::Incoming,
     client::conn::{http1, http2},
 };
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     sync::watch,
     time::{Instant, timeout},
 };
 use weft_proto::spiffe::SpiffeId;
 
-use super::{Connector, Secured, SendFailed, trust_ended};
+use super::{
+    Connector, Secured, SendFailed,
+    standing::{Standing, Tasks},
+};
 use crate::{
     http::Body,
     model::{Failed, Failure, HttpVersion, Protocol, Result},
     telemetry::{Metrics, OpenConnection},
-    tls::{self, Alpn},
+    tls::{self, Alpn, VerifiedPeer},
 };
 
 /// What must be the same for a connection to be used again.
@@ -71,8 +74,6 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// A silent HTTP/2 peer with open streams is asked whether it lives after this long.
 const PING_AFTER: Duration = Duration::from_secs(10);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
-/// New calls leave a connection this long before its peer's certificate ends.
-const RETIRE_AHEAD: Duration = Duration::from_secs(1);
 
 /// The connections of one worker.
 pub struct Pool {
@@ -91,10 +92,9 @@ struct Shelf {
 
 struct Http2 {
     sender: http2::SendRequest<Body>,
-    peer: Option<SpiffeId>,
+    peer: Option<VerifiedPeer>,
+    standing: Standing,
     streams: AtomicUsize,
-    /// Takes no new streams: its trust is ending.
-    retired: AtomicBool,
     idle_since: Mutex<Instant>,
 }
 
@@ -105,9 +105,8 @@ struct Idle {
 
 struct Http1 {
     sender: http1::SendRequest<Body>,
-    peer: Option<SpiffeId>,
-    /// Takes no further call: its trust is ending.
-    retired: Arc<AtomicBool>,
+    peer: Option<VerifiedPeer>,
+    standing: Standing,
 }
 
 /// A connection for one call.
@@ -212,38 +211,25 @@ impl Pool {
             let heard = timeout(limit, tls::first_bytes(&mut stream)).await;
             heard.map_err(|_| silent(key.address))?.map_err(|error| refused(key.address, &error))?;
         }
-        let (sender, driver) = http2_builder()
+        let tasks = Tasks::default();
+        let (sender, driver) = http2_builder(tasks.clone())
             .handshake(TokioIo::new(stream))
             .await
             .map_err(|error| SendFailed::from_hyper(&error, true).failed)?;
-        let connection = Arc::new(Http2 {
-            sender,
-            peer: peer.as_ref().map(|peer| peer.id().clone()),
-            streams: AtomicUsize::new(0),
-            retired: AtomicBool::new(false),
-            idle_since: Mutex::new(Instant::now()),
-        });
-        let weak = Arc::downgrade(&connection);
-        let credentials = self.connector.credentials().clone();
+        let standing = Standing::default();
+        let driving = standing.clone().drive(driver, peer.clone(), self.connector.clone(), tasks);
         let open = self.metrics.pool_connection(Protocol::Http2);
         tokio::spawn(async move {
             let _open = open;
-            let mut driver = std::pin::pin!(driver);
-            if let Some(peer) = &peer {
-                tokio::select! {
-                    _ = driver.as_mut() => return,
-                    () = trust_ended(peer, credentials, RETIRE_AHEAD) => {}
-                }
-                // Open streams go on to their end; the pool lets go, and the driver ends with the last one.
-                if let Some(connection) = weak.upgrade() {
-                    connection.retired.store(true, Ordering::Relaxed);
-                }
-            }
-            if let Err(error) = driver.await {
-                tracing::debug!(%error, "an HTTP/2 connection broke");
-            }
+            driving.await;
         });
-        Ok(connection)
+        Ok(Arc::new(Http2 {
+            sender,
+            peer,
+            standing,
+            streams: AtomicUsize::new(0),
+            idle_since: Mutex::new(Instant::now()),
+        }))
     }
 
     async fn lend_http1(self: &Arc<Self>, key: &Key, limit: Duration) -> Result<Lease> {
@@ -324,28 +310,18 @@ async fn open_http1(
         .handshake(TokioIo::new(stream))
         .await
         .map_err(|error| SendFailed::from_hyper(&error, true).failed)?;
-    let retired = Arc::new(AtomicBool::new(false));
-    let connection =
-        Http1 { sender, peer: peer.as_ref().map(|peer| peer.id().clone()), retired: retired.clone() };
-    let credentials = connector.credentials().clone();
+    let standing = Standing::default();
+    let driving =
+        standing.clone().drive(driver.with_upgrades(), peer.clone(), connector.clone(), Tasks::default());
     tokio::spawn(async move {
         let _open = open;
-        let mut driver = std::pin::pin!(driver.with_upgrades());
-        if let Some(peer) = &peer {
-            tokio::select! {
-                _ = driver.as_mut() => return,
-                () = trust_ended(peer, credentials, RETIRE_AHEAD) => retired.store(true, Ordering::Relaxed),
-            }
-        }
-        if let Err(error) = driver.await {
-            tracing::debug!(%error, "an HTTP/1 connection broke");
-        }
+        driving.await;
     });
-    Ok(connection)
+    Ok(Http1 { sender, peer, standing })
 }
 
-fn http2_builder() -> http2::Builder<TokioExecutor> {
-    let mut builder = http2::Builder::new(TokioExecutor::new());
+fn http2_builder(tasks: Tasks) -> http2::Builder<Tasks> {
+    let mut builder = http2::Builder::new(tasks);
     builder
         .timer(TokioTimer::new())
         .initial_stream_window_size(STREAM_WINDOW)
@@ -359,13 +335,13 @@ fn http2_builder() -> http2::Builder<TokioExecutor> {
 
 impl Http1 {
     fn is_usable(&self) -> bool {
-        !self.retired.load(Ordering::Relaxed) && !self.sender.is_closed()
+        !self.standing.is_retired() && !self.sender.is_closed()
     }
 }
 
 impl Http2 {
     fn is_usable(&self) -> bool {
-        !self.retired.load(Ordering::Relaxed) && !self.sender.is_closed()
+        !self.standing.is_retired() && !self.sender.is_closed()
     }
 
     fn is_idle(&self, now: Instant) -> bool {
@@ -403,33 +379,39 @@ impl Lease {
         self,
         request: Request<Body>,
     ) -> std::result::Result<(Response<Incoming>, InUse), SendFailed> {
-        match self.connection {
-            Connection::Http2(stream) => {
-                let mut sender = stream.0.sender.clone();
-                let response = sender
-                    .try_send_request(request)
-                    .await
-                    .map_err(|error| SendFailed::from_hyper(error.error(), error.message().is_some()))?;
-                Ok((response, InUse { connection: Connection::Http2(stream) }))
-            }
-            Connection::Http1(mut http1, home) => {
-                let response = http1
-                    .sender
-                    .try_send_request(request)
-                    .await
-                    .map_err(|error| SendFailed::from_hyper(error.error(), error.message().is_some()))?;
-                Ok((response, InUse { connection: Connection::Http1(http1, home) }))
-            }
-        }
+        let mut in_use = InUse { connection: self.connection };
+        let standing = in_use.standing().clone();
+        let failed = |error: hyper::client::conn::TrySendError<Request<Body>>| match standing.cut() {
+            // Whatever it was doing when we cut it, it may have done.
+            Some(reason) => SendFailed { failed: reason.clone(), nothing_processed: false },
+            None => SendFailed::from_hyper(error.error(), error.message().is_some()),
+        };
+        let sent = match &mut in_use.connection {
+            Connection::Http2(stream) => stream.0.sender.clone().try_send_request(request).await,
+            Connection::Http1(http1, _) => http1.sender.try_send_request(request).await,
+        };
+        Ok((sent.map_err(failed)?, in_use))
     }
 }
 
 impl InUse {
     /// Who proved to be there; none in plaintext.
-    pub fn peer(&self) -> Option<&SpiffeId> {
+    pub fn peer(&self) -> Option<&VerifiedPeer> {
         match &self.connection {
             Connection::Http2(stream) => stream.0.peer.as_ref(),
             Connection::Http1(connection, _) => connection.peer.as_ref(),
+        }
+    }
+
+    /// Why we cut the connection, if we did.
+    pub fn cut(&self) -> Option<&Failed> {
+        self.standing().cut()
+    }
+
+    fn standing(&self) -> &Standing {
+        match &self.connection {
+            Connection::Http2(stream) => &stream.0.standing,
+            Connection::Http1(connection, _) => &connection.standing,
         }
     }
 

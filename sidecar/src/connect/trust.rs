@@ -8,14 +8,19 @@ use std::{
 
 use tokio::sync::watch;
 
-use crate::tls::{Credentials, VerifiedPeer};
+use crate::{
+    model::{Failed, Failure},
+    tls::{Credentials, VerifiedPeer},
+};
 
-/// Resolves when `peer` is no longer to be trusted, `ahead` of the end of its certificate.
+/// Resolves when `peer` is no longer to be trusted, `ahead` of the end of its certificate; at once where it is not.
 pub async fn trust_ended(
     peer: &VerifiedPeer,
     mut credentials: watch::Receiver<Option<Arc<Credentials>>>,
     ahead: Duration,
 ) {
+    // The bundle may have changed since the handshake.
+    credentials.mark_changed();
     loop {
         let now = SystemTime::now();
         let left = peer.not_after().duration_since(now).unwrap_or_default().saturating_sub(ahead);
@@ -32,4 +37,9 @@ pub async fn trust_ended(
             }
         }
     }
+}
+
+/// What to say of a connection that ended because of it.
+pub fn trust_is_over(peer: &VerifiedPeer) -> Failed {
+    Failed::new(Failure::UntrustedPeer, format!("the trust in {} ended", peer.id()))
 }

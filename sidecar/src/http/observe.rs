@@ -25,8 +25,7 @@ pub fn end_answer(record: &mut Record, ended: &Ended) {
     match &ended.how {
         BodyEnd::Complete => record.complete(),
         BodyEnd::Cut(reason) => record.fail(Failed::new(Failure::BodyCut, reason.clone())),
-        BodyEnd::Abandoned => {
-            record.fail(Failed::new(Failure::ClientGone, "the client left before the end of the answer"));
-        }
+        // The record knows whether its client left or we cut the connection.
+        BodyEnd::Abandoned => {}
     }
 }

@@ -17,6 +17,7 @@ use super::{Body, respond::refuse_stream, streams::Streams, waiting::HeadTimer};
 use crate::{
     model::{Failed, Failure, HttpVersion},
     net::Stream,
+    telemetry::Cut,
 };
 
 /// Limits on what a client may send; the defaults hold against strangers.
@@ -85,16 +86,17 @@ const PREFACE_BYTES: u64 = 24 + 9;
 const FIELD_OVERHEAD: usize = 32;
 
 /// Serves requests until the client closes, breaks the rules, or `stop` resolves and the last answer is out,
-/// for which it waits `drain_timeout` at most.
+/// for which it waits `drain_timeout` at most: then the connection is cut, for the reason that `stop` gave.
 ///
 /// # Errors
-/// A failure on the client's side; hyper has answered it already where it could.
+/// A failure on the client's side, which hyper has answered already where it could; or the reason for the cut.
 pub async fn serve<Answer, Answering>(
     stream: Stream,
     version: HttpVersion,
     limits: &HttpLimits,
-    stop: impl Future<Output = ()>,
+    stop: impl Future<Output = Failed>,
     drain_timeout: Duration,
+    cut: &Cut,
     answer: Answer,
 ) -> Result<(), Failed>
 where
@@ -102,16 +104,17 @@ where
     Answering: Future<Output = Result<Response<Body>, h2::Error>> + Send + 'static,
 {
     match version {
-        HttpVersion::Http1 => serve_http1(stream, limits, stop, drain_timeout, answer).await,
-        HttpVersion::Http2 => serve_http2(stream, limits, stop, drain_timeout, answer).await,
+        HttpVersion::Http1 => serve_http1(stream, limits, stop, drain_timeout, cut, answer).await,
+        HttpVersion::Http2 => serve_http2(stream, limits, stop, drain_timeout, cut, answer).await,
     }
 }
 
 async fn serve_http1<Answer, Answering>(
     mut stream: Stream,
     limits: &HttpLimits,
-    stop: impl Future<Output = ()>,
+    stop: impl Future<Output = Failed>,
     drain_timeout: Duration,
+    cut: &Cut,
     answer: Answer,
 ) -> Result<(), Failed>
 where
@@ -119,20 +122,21 @@ where
     Answering: Future<Output = Result<Response<Body>, h2::Error>> + Send + 'static,
 {
     let timer = HeadTimer::new(stream.count_reads(), limits.header_timeout);
-    let cut = stream.cut_flag();
+    let reset = stream.cut_flag();
     let builder = http1(limits, timer.clone());
     let connection = builder.serve_connection(TokioIo::new(stream), service_fn(answer)).with_upgrades();
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
-        () = stop => {
+        why = stop => {
             connection.as_mut().graceful_shutdown();
-            timeout(drain_timeout, connection).await.map_err(|_| drained_too_long(drain_timeout))?
+            let in_time = timeout(drain_timeout, connection.as_mut()).await;
+            in_time.map_err(|_| cut.because(still_in_flight(&why, drain_timeout)))?
         }
     };
     if ended.as_ref().is_err_and(hyper::Error::is_user) {
         // A body broke off. To a client of HTTP/1.0 a clean close would be its proper end.
-        cut.store(true, Ordering::Relaxed);
+        reset.store(true, Ordering::Relaxed);
     }
     match ended {
         Err(error) if error.is_timeout() && timer.is_idle() => Ok(()),
@@ -143,8 +147,9 @@ where
 async fn serve_http2<Answer, Answering>(
     mut stream: Stream,
     limits: &HttpLimits,
-    stop: impl Future<Output = ()>,
+    stop: impl Future<Output = Failed>,
     drain_timeout: Duration,
+    cut: &Cut,
     answer: Answer,
 ) -> Result<(), Failed>
 where
@@ -163,23 +168,26 @@ where
         }
     });
     let mut connection = std::pin::pin!(http2(limits).serve_connection(TokioIo::new(stream), service));
-    let too_many_resets = tokio::select! {
+    // None: the client took back too much.
+    let why = tokio::select! {
         ended = connection.as_mut() => return ended.map_err(|error| client_failure(&error)),
-        () = stop => false,
-        () = streams.idle_for(limits.idle_timeout) => false,
+        why = stop => Some(why),
+        () = streams.idle_for(limits.idle_timeout) => Some(Failed::new(Failure::Draining, "it was idle")),
         () = no_preface(&read, limits.header_timeout) => {
             return Err(Failed::new(Failure::ClientTimeout, "the preface of HTTP/2 did not come"));
         }
-        () = streams.resets_reach(limits.resets) => true,
+        () = streams.resets_reach(limits.resets) => None,
     };
     connection.as_mut().graceful_shutdown();
-    if too_many_resets {
+    if why.is_none() {
         streams.refuse();
     }
     // What is in flight may end, also for a client that took back too much; one that goes on is cut off.
     tokio::select! {
-        ended = connection => if !too_many_resets { return ended.map_err(|error| client_failure(&error)) },
-        () = sleep(drain_timeout) => if !too_many_resets { return Err(drained_too_long(drain_timeout)) },
+        ended = connection.as_mut() => if why.is_some() { return ended.map_err(|error| client_failure(&error)) },
+        () = sleep(drain_timeout) => if let Some(why) = why {
+            return Err(cut.because(still_in_flight(&why, drain_timeout)));
+        },
         () = streams.resets_reach(limits.resets.saturating_mul(2)) => {}
     }
     let detail = format!("the client took back {} requests at once, more than were answered", limits.resets);
@@ -194,12 +202,9 @@ async fn no_preface(read: &Arc<AtomicU64>, limit: Duration) {
     }
 }
 
-fn drained_too_long(limit: Duration) -> Failed {
+fn still_in_flight(why: &Failed, limit: Duration) -> Failed {
     let limit = humantime::format_duration(limit);
-    Failed::new(
-        Failure::Draining,
-        format!("requests were still in flight {limit} after the connection was to end"),
-    )
+    Failed::new(why.failure, format!("{}; requests were still in flight {limit} later", why.detail))
 }
 
 fn http1(limits: &HttpLimits, timer: HeadTimer) -> hyper::server::conn::http1::Builder {

@@ -10,14 +10,15 @@ use hyper::{
     HeaderMap, Method, Request, StatusCode, Version,
     header::{CONNECTION, HeaderValue, UPGRADE},
     http::uri::Authority,
-    upgrade::{OnUpgrade, Upgraded},
+    upgrade::OnUpgrade,
 };
 use hyper_util::rt::TokioIo;
 
 use super::headers;
 use crate::{
     model::{HttpVersion, Result},
-    net::{Copied, Stream, copy_both_ways},
+    net::Stream,
+    tls::VerifiedPeer,
 };
 
 /// Does the client ask to leave HTTP on this HTTP/1 connection?
@@ -74,29 +75,47 @@ pub fn frame_for_upgrade<B: http_body::Body>(
 /// The place where a request leaves what its connection becomes after HTTP. One per connection: the task that
 /// served it goes on with the bytes, under the same drain, record and trust.
 #[derive(Debug, Clone, Default)]
-pub struct Upgrade(Arc<Mutex<Option<(OnUpgrade, OnUpgrade)>>>);
+pub struct Upgrade(Arc<Mutex<Option<Agreed>>>);
+
+#[derive(Debug)]
+struct Agreed {
+    client: OnUpgrade,
+    server: OnUpgrade,
+    peer: Option<VerifiedPeer>,
+}
+
+/// A connection that has left HTTP: bytes on both sides.
+pub struct Upgraded {
+    /// Towards whoever asked for it.
+    pub client: Stream,
+    /// Towards whoever agreed.
+    pub server: Stream,
+    /// Who agreed; none in plaintext. The bytes may flow as long as the trust in it lasts.
+    pub peer: Option<VerifiedPeer>,
+}
 
 impl Upgrade {
-    /// Both sides agreed to leave HTTP.
-    pub fn agreed(&self, client: OnUpgrade, server: OnUpgrade) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((client, server));
+    /// Both sides agreed to leave HTTP; `peer` is who the server proved to be.
+    pub fn agreed(&self, client: OnUpgrade, server: OnUpgrade, peer: Option<VerifiedPeer>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Agreed { client, server, peer });
     }
 
-    /// Copies between both sides until both directions have ended; nothing to do where nobody left HTTP. To be
-    /// called when the connection has been served.
-    pub async fn splice(&self) -> (Copied, io::Result<()>) {
+    /// The streams to copy between; none where nobody left HTTP. To be called when the connection has been
+    /// served.
+    ///
+    /// # Errors
+    /// Where one of the two broke in the moment of the change.
+    pub async fn upgraded(&self) -> io::Result<Option<Upgraded>> {
         let agreed = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some((client, server)) = agreed else { return (Copied::default(), Ok(())) };
-        match tokio::try_join!(stream_below(client), stream_below(server)) {
-            Ok((client, server)) => copy_both_ways(client, server).await,
-            Err(error) => (Copied::default(), Err(error)),
-        }
+        let Some(Agreed { client, server, peer }) = agreed else { return Ok(None) };
+        let (client, server) = tokio::try_join!(stream_below(client), stream_below(server))?;
+        Ok(Some(Upgraded { client, server, peer }))
     }
 }
 
 /// The stream below an upgraded connection, with what hyper had read ahead put back.
 async fn stream_below(upgrade: OnUpgrade) -> io::Result<Stream> {
-    let upgraded: Upgraded = upgrade.await.map_err(io::Error::other)?;
+    let upgraded = upgrade.await.map_err(io::Error::other)?;
     let parts = upgraded
         .downcast::<TokioIo<Stream>>()
         .map_err(|_| io::Error::other("an upgraded connection that is not one of ours"))?;

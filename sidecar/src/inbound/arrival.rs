@@ -1,10 +1,10 @@
 //! What is known of a connection that reached us, when a request on it is looked at.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::net::SocketAddr;
 
 use weft_proto::spiffe::SpiffeId;
 
-use crate::{http::Upgrade, tls::VerifiedPeer};
+use crate::{http::Upgrade, telemetry::Cut, tls::VerifiedPeer};
 
 /// One connection to the app.
 #[derive(Debug, Clone)]
@@ -19,13 +19,15 @@ pub struct Arrival {
     pub app: SocketAddr,
     /// What the connection becomes when it leaves HTTP.
     pub upgrade: Upgrade,
+    /// Why the connection was cut, once it was.
+    pub cut: Cut,
 }
 
 /// Who makes the calls of a connection.
 #[derive(Debug, Clone)]
 pub enum Caller {
     /// A peer of the mesh that has proven its identity.
-    Peer(Arc<VerifiedPeer>),
+    Peer(VerifiedPeer),
     /// The app of this very sidecar, with our identity.
     Own(SpiffeId),
     /// Somebody without an identity.

@@ -54,7 +54,8 @@ impl Inbound {
     /// Why there is no answer of the app; `app_refused` means that nothing was processed.
     pub async fn request(&self, request: Request<Body>, arrival: &Arrival) -> Result<Response<Body>> {
         let protocol = if request.version() == Version::HTTP_2 { Protocol::Http2 } else { Protocol::Http1 };
-        let mut record = self.telemetry.begin(&self.metrics, protocol, arrival.client, &request);
+        let mut record =
+            self.telemetry.begin(&self.metrics, protocol, arrival.client, &request, &arrival.cut);
         record.peer(arrival.caller.identity());
         let request = request.map(|body| body.counted(|| record.count_request_bytes()));
         match self.deliver(request, arrival, &mut record).await {
@@ -146,7 +147,7 @@ impl Inbound {
         let left_http = http::left_http(&method, response.status());
         if left_http {
             let server = hyper::upgrade::on(&mut response);
-            arrival.upgrade.agreed(client, server);
+            arrival.upgrade.agreed(client, server, None);
         }
         Ok((response, in_use, left_http))
     }

@@ -27,7 +27,8 @@ use crate::{
         response::{GrpcStatus, failure_speaks_against_endpoint, speaks_against_endpoint},
         retry::{self, Outcome, Refusal, Verdict},
     },
-    telemetry::{Record, TraceContext},
+    telemetry::{Cut, Record, TraceContext},
+    tls::VerifiedPeer,
 };
 
 /// gRPC over HTTP/2, "Requests".
@@ -68,6 +69,7 @@ impl Outbound {
         client: SocketAddr,
         spoken: HttpVersion,
         upgrade: &Upgrade,
+        cut: &Cut,
     ) -> Response<Body> {
         let is_grpc = headers::is_grpc(request.headers());
         let (upstream, only) = match target {
@@ -80,7 +82,7 @@ impl Outbound {
             HttpVersion::Http1 => Protocol::Http1,
             HttpVersion::Http2 => Protocol::Http2,
         };
-        let mut record = self.telemetry.begin(&upstream.metrics, protocol, client, &request);
+        let mut record = self.telemetry.begin(&upstream.metrics, protocol, client, &request, cut);
         match self.request(request, spoken, upstream, only, upgrade, &mut record).await {
             Ok((answered, place)) => observed(answered, record, place),
             Err(failed) => {
@@ -170,7 +172,7 @@ impl Outbound {
         let against = match result {
             Ok((response, in_use)) => {
                 record.attempt_answered(response.status().as_u16());
-                record.peer(in_use.as_ref().and_then(InUse::peer));
+                record.peer(in_use.as_ref().and_then(InUse::peer).map(VerifiedPeer::id));
                 let grpc = headers::text(response.headers(), "grpc-status").map(GrpcStatus::parse);
                 let failure = call.mesh_failure(response);
                 failure.is_some_and(failure_speaks_against_endpoint)
@@ -200,7 +202,7 @@ impl Outbound {
     ) -> Attempted {
         let started = Instant::now();
         let request = call.request(record, span, started);
-        let sending = self.send(call, endpoint, request);
+        let sending = self.send(call, endpoint, request, record.cut());
         let Some(at) = call.deadline.attempt(call.known.policy.timeouts.attempt, started) else {
             return sending.await;
         };
@@ -212,8 +214,15 @@ impl Outbound {
         })
     }
 
-    async fn send(&self, call: &Call<'_>, endpoint: SocketAddr, request: Request<Body>) -> Attempted {
-        if let Some(arrival) = self.own_arrival(endpoint) {
+    async fn send(
+        &self,
+        call: &Call<'_>,
+        endpoint: SocketAddr,
+        request: Request<Body>,
+        cut: &Cut,
+    ) -> Attempted {
+        if let Some(mut arrival) = self.own_arrival(endpoint) {
+            arrival.cut = cut.clone();
             let response = Box::pin(self.inbound.request(request, &arrival)).await?;
             return Ok((response, None));
         }
@@ -233,6 +242,7 @@ impl Outbound {
             meant: endpoint,
             app,
             upgrade: Upgrade::default(),
+            cut: Cut::default(),
         })
     }
 
@@ -274,10 +284,10 @@ impl Outbound {
         })?;
         picked.succeeded(Instant::now());
         record.attempt_answered(response.status().as_u16());
-        record.peer(in_use.peer());
+        record.peer(in_use.peer().map(VerifiedPeer::id));
         if left_http(&method, response.status()) {
             let server = hyper::upgrade::on(&mut response);
-            upgrade.agreed(client, server);
+            upgrade.agreed(client, server, in_use.peer().cloned());
             let response = response.map(Body::from);
             return Ok(Answered {
                 response,
@@ -349,7 +359,9 @@ impl Call<'_> {
                 Outcome::Failed { failure: failed.failed.failure, unprocessed: failed.nothing_processed }
             }
             Ok((response, _)) => match self.mesh_failure(response) {
-                Some(failure) if failure.is_transport() => Outcome::Failed { failure, unprocessed: false },
+                Some(failure) if failure.is_transport() => {
+                    Outcome::Failed { failure, unprocessed: failure.nothing_processed() }
+                }
                 _ => Outcome::Answered {
                     status: response.status().as_u16(),
                     retry_after: headers::text(response.headers(), RETRY_AFTER.as_str()),
@@ -386,6 +398,9 @@ fn observed(answered: Answered, mut record: Record, place: OwnedSemaphorePermit)
     head.version = Version::HTTP_11;
     let body = body.until(deadline).observed(move |ended| {
         http::end_answer(&mut record, ended);
+        if let (BodyEnd::Cut(_), Some(reason)) = (&ended.how, in_use.as_ref().and_then(InUse::cut)) {
+            record.fail(reason.clone());
+        }
         if let (BodyEnd::Complete, Some(in_use)) = (&ended.how, in_use) {
             in_use.finished();
         }

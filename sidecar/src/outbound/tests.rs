@@ -29,7 +29,7 @@ fn stories() -> (Arc<Inbound>, Arc<Outbound>) {
     let (settings, _) = TraceSettings::read(|_| None, "test");
     let (telemetry, _) = Telemetry::new(&settings, log, metrics);
     let credentials = watch::channel(None).1;
-    let connector = Connector::new(Dialer::Direct, credentials.clone());
+    let connector = Connector::new(Dialer::Direct, credentials.clone(), Duration::from_secs(1));
     let policies = watch::channel(Arc::new(Policies::default())).1;
     let delivery = Delivery {
         meaning: Meaning::Listener,

@@ -7,7 +7,7 @@ use tokio::{sync::watch, time::Instant};
 use super::{Outbound, Target};
 use crate::{
     balance::Picked,
-    connect::{Security, trust_ended},
+    connect::{Security, trust_ended, trust_is_over},
     model::{Failed, Failure, Result},
     net::{self, Stream},
     telemetry::Connection,
@@ -94,7 +94,12 @@ impl Outbound {
         }
     }
 
-    fn tunnel(&self, stream: Stream, peer: Option<VerifiedPeer>, picked: Option<Picked>) -> Tunnel {
+    pub(super) fn tunnel(
+        &self,
+        stream: Stream,
+        peer: Option<VerifiedPeer>,
+        picked: Option<Picked>,
+    ) -> Tunnel {
         Tunnel { stream, peer, credentials: self.connector.credentials().clone(), _picked: picked }
     }
 }
@@ -110,7 +115,10 @@ impl Tunnel {
         let Tunnel { stream, peer, credentials, _picked } = self;
         let trust = async {
             match &peer {
-                Some(peer) => trust_ended(peer, credentials, Duration::ZERO).await,
+                Some(peer) => {
+                    trust_ended(peer, credentials, Duration::ZERO).await;
+                    trust_is_over(peer)
+                }
                 None => std::future::pending().await,
             }
         };
@@ -119,7 +127,7 @@ impl Tunnel {
                 record.bytes(copied.forth, copied.back);
                 ended.map_err(|error| Failed::new(Failure::Reset, error.to_string()))
             }
-            () = trust => Err(Failed::new(Failure::UntrustedPeer, "the trust in the peer ended")),
+            over = trust => Err(over),
         }
     }
 }

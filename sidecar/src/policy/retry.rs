@@ -34,8 +34,8 @@ pub enum Outcome<'a> {
     Failed {
         /// Why.
         failure: Failure,
-        /// Is it proven that nothing was processed, beyond what the failure itself says? (A request handed back
-        /// unsent, REFUSED_STREAM, a GOAWAY below the stream.)
+        /// Is it proven that nothing was processed? By the failure itself, or by the protocol: a request handed
+        /// back unsent, REFUSED_STREAM, a GOAWAY below the stream.
         unprocessed: bool,
     },
     /// With the head of an answer.
@@ -178,9 +178,7 @@ fn allowed(
 /// Is there something that another attempt may mend, and may it be made?
 fn worth_it(policy: &Retries, attempt: &Attempt<'_>) -> Result<Reason, Refusal> {
     match attempt.outcome {
-        Outcome::Failed { failure, unprocessed } if unprocessed || failure.nothing_processed() => {
-            Ok(Reason::Unprocessed)
-        }
+        Outcome::Failed { unprocessed: true, .. } => Ok(Reason::Unprocessed),
         Outcome::Failed { failure, .. } if !failure.is_transport() => Err(Refusal::Failure),
         Outcome::Failed { .. } if !is_repeatable(policy, attempt.method) => Err(Refusal::Method),
         Outcome::Failed { .. } => Ok(Reason::Transport),

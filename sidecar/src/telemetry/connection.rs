@@ -9,6 +9,7 @@ use weft_proto::spiffe::SpiffeId;
 use super::{
     Telemetry,
     access_log::Line,
+    cut::Cut,
     metrics::{Direction, OpenConnection, Security},
     service_metrics::ServiceMetrics,
 };
@@ -29,6 +30,7 @@ pub struct Connection {
     sent: u64,
     received: u64,
     failed: Option<Failed>,
+    cut: Cut,
 }
 
 impl Connection {
@@ -50,6 +52,7 @@ impl Connection {
             sent: 0,
             received: 0,
             failed: None,
+            cut: Cut::default(),
         }
     }
 
@@ -90,6 +93,11 @@ impl Connection {
     /// The connection failed. A later failure takes the place of an earlier one.
     pub fn fail(&mut self, failed: Failed) {
         self.failed = Some(failed);
+    }
+
+    /// Where to say why the connection is cut, for the records of its requests.
+    pub fn cut(&self) -> &Cut {
+        &self.cut
     }
 
     /// Opaque bytes, and not requests that have lines of their own.

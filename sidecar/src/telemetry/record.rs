@@ -1,7 +1,8 @@
 //! The one guard of a request: made when its head is there, carried into the body of its answer, and dropped
 //! when that ended. On drop, and only then, it writes the metrics, the line of the access log and the spans.
 //!
-//! A record that is dropped before [`Record::complete`] and without a failure means that the client went away.
+//! A record that is dropped before [`Record::complete`] and without a failure means that the client went away; or
+//! that we cut its connection, for which [`Cut`] has the reason.
 //! What is needed for a line or a span only is not even remembered where there will be none. Span names and
 //! attributes follow the
 //! [semantic conventions for HTTP](https://opentelemetry.io/docs/specs/semconv/http/http-spans/).
@@ -25,6 +26,7 @@ use weft_proto::spiffe::SpiffeId;
 use super::{
     Telemetry,
     access_log::Line,
+    cut::Cut,
     metrics::Direction,
     service_metrics::{RequestKey, ServiceMetrics},
     trace::TraceContext,
@@ -59,6 +61,7 @@ pub(super) struct Inner {
     pub attempts: u32,
     pub attempt: Option<Attempt>,
     pub endpoint: Option<SocketAddr>,
+    pub cut: Cut,
 }
 
 /// What only a line or a span shows. Clones of what hyper holds anyway.
@@ -106,6 +109,7 @@ impl Record {
         protocol: Protocol,
         peer_address: SocketAddr,
         request: &Request<Body>,
+        cut: &Cut,
     ) -> Record {
         let incoming = telemetry.propagators.extract(request.headers());
         let trace = TraceContext::begin(&incoming, &telemetry.sampler, &mut fastrand::Rng::new());
@@ -133,6 +137,7 @@ impl Record {
             attempts: 0,
             attempt: None,
             endpoint: None,
+            cut: cut.clone(),
         };
         Record { inner: Box::new(inner) }
     }
@@ -193,9 +198,10 @@ impl Record {
 
     /// The attempt failed; whether the request did is said by [`Record::fail`].
     pub fn attempt_failed(&mut self, failed: &Failed) {
+        let failed = self.inner.true_reason(failed.clone());
         if let Some(attempt) = &mut self.inner.attempt {
             attempt.failure = Some(failed.failure);
-            attempt.detail = Some(failed.detail.clone());
+            attempt.detail = Some(failed.detail);
         }
         self.end_attempt();
     }
@@ -222,8 +228,14 @@ impl Record {
 
     /// The request failed. A later failure takes the place of an earlier one.
     pub fn fail(&mut self, failed: Failed) {
+        let failed = self.inner.true_reason(failed);
         self.inner.failure = Some(failed.failure);
         self.inner.detail = Some(failed.detail);
+    }
+
+    /// The connection that the request came on, and whether we cut it.
+    pub fn cut(&self) -> &Cut {
+        &self.inner.cut
     }
 
     /// Counts the body of the request, wherever it is read.
@@ -250,11 +262,13 @@ impl Record {
 
 impl Drop for Record {
     fn drop(&mut self) {
-        let inner = &mut *self.inner;
-        if inner.failure.is_none() && !inner.complete {
-            let gone = std::thread::panicking();
-            inner.failure = Some(if gone { Failure::Internal } else { Failure::ClientGone });
+        if self.inner.failure.is_none() && !self.inner.complete {
+            self.fail(match std::thread::panicking() {
+                true => Failed::new(Failure::Internal, "a task ended with a panic"),
+                false => Failed::new(Failure::ClientGone, "the client left before the end of the answer"),
+            });
         }
+        let inner = &mut *self.inner;
         let took = inner.started.elapsed();
         let request_bytes = inner.request_bytes();
         let key = RequestKey {
@@ -277,6 +291,14 @@ impl Drop for Record {
 }
 
 impl Inner {
+    /// Where we cut the connection ourselves, its client did not go away.
+    fn true_reason(&self, failed: Failed) -> Failed {
+        match self.cut.reason() {
+            Some(reason) if failed.failure == Failure::ClientGone => reason.clone(),
+            _ => failed,
+        }
+    }
+
     /// The status that the caller saw, or would have seen.
     fn code(&self) -> u16 {
         self.status.or(self.failure.map(Failure::status)).unwrap_or(200)

@@ -116,6 +116,13 @@ fn answer(mut stream: &TcpStream, head: &str) -> io::Result<bool> {
             stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n")?;
             stream.read_to_end(&mut Vec::new())?;
         }
+        // What follows is no HTTP, and lines of that are given back.
+        "/upgrade" => {
+            stream.write_all(
+                b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n",
+            )?;
+            return Ok(true);
+        }
         path => {
             if path == "/late" {
                 stream.set_read_timeout(Some(LATE))?;

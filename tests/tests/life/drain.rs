@@ -64,6 +64,13 @@ fn assert_cut(download: &mut Process) {
     assert!(matches!(download.wait().code(), Some(18 | 56)), "{}", download.log());
 }
 
+/// The record of the download says that the drain cut it, not that its client went away.
+fn assert_told(instance: &Instance) {
+    let log = instance.sidecar.access_log();
+    let download = log.iter().find(|line| line["path"] == "/slow");
+    assert!(download.is_some_and(|line| line["failure"] == "draining"), "{log:?}");
+}
+
 #[test]
 fn a_second_signal_ends_at_once() {
     if !can_run_here() {
@@ -79,6 +86,7 @@ fn a_second_signal_ends_at_once() {
     instance.sidecar.process.signal(Signal::SIGTERM);
     assert_eq!(instance.sidecar.process.wait().code(), Some(1), "{}", instance.sidecar.process.log());
     assert_cut(&mut download);
+    assert_told(&instance);
 }
 
 #[test]
@@ -91,6 +99,7 @@ fn the_deadline_of_a_drain_holds() {
     let mut download = stop_under_way(&world, &instance);
     assert_eq!(instance.sidecar.process.wait().code(), Some(0), "{}", instance.sidecar.process.log());
     assert_cut(&mut download);
+    assert_told(&instance);
 }
 
 #[test]

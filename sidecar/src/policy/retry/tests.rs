@@ -11,7 +11,7 @@ const ATTEMPT: Attempt<'static> = Attempt {
 };
 
 const fn failed(failure: Failure) -> Outcome<'static> {
-    Outcome::Failed { failure, unprocessed: false }
+    Outcome::Failed { failure, unprocessed: failure.nothing_processed() }
 }
 
 const fn answered(status: u16) -> Outcome<'static> {
@@ -57,6 +57,9 @@ fn what_may_be_tried_again() {
         ("POST", failed(Failure::WrongIdentity), "unprocessed"),
         ("POST", failed(Failure::AppRefused), "unprocessed"),
         ("POST", Outcome::Failed { failure: Failure::Reset, unprocessed: true }, "unprocessed"),
+        // the trust in a peer ended while it was working
+        ("POST", Outcome::Failed { failure: Failure::UntrustedPeer, unprocessed: false }, "method"),
+        ("GET", Outcome::Failed { failure: Failure::UntrustedPeer, unprocessed: false }, "transport"),
         ("GET", failed(Failure::ClientGone), "failure"),
         ("GET", failed(Failure::BodyCut), "failure"),
         ("GET", failed(Failure::RequestTimeout), "failure"),

@@ -46,7 +46,7 @@ impl Seen {
             request = request.header(*name, *value);
         }
         let from = "10.0.0.7:40000".parse().unwrap();
-        self.telemetry.begin(&handles, Protocol::Http1, from, &request.body(()).unwrap())
+        self.telemetry.begin(&handles, Protocol::Http1, from, &request.body(()).unwrap(), &Cut::default())
     }
 
     async fn lines(&self) -> Vec<Value> {
@@ -188,6 +188,31 @@ async fn a_dropped_record_means_that_the_client_went_away() {
     let spans = seen.spans();
     assert_eq!(spans.len(), 2, "the attempt and the request of the only sampled trace");
     assert!(spans.iter().all(|span| attribute(span, "weft.failure").as_deref() == Some("client_gone")));
+}
+
+#[tokio::test]
+async fn a_record_on_a_connection_that_we_cut_says_why() {
+    let mut seen = Seen::exporting(AccessLogMode::Failures);
+    let (mut dropped, mut failed, mut other) = (
+        seen.begin(Direction::Inbound, &[("traceparent", PARENT)]),
+        seen.begin(Direction::Inbound, &[]),
+        seen.begin(Direction::Inbound, &[]),
+    );
+    dropped.attempt(endpoint(), None);
+    for record in [&dropped, &failed, &other] {
+        record.cut().because(Failed::new(Failure::Draining, "the drain took too long"));
+        record.cut().because(Failed::new(Failure::Internal, "a second reason"));
+    }
+    other.fail(Failed::new(Failure::AppReset, "the app is gone"));
+    failed.fail(Failed::new(Failure::ClientGone, "the request's body broke off"));
+    drop((dropped, failed, other));
+    let lines = seen.lines().await;
+    let told: Vec<_> = lines.iter().map(|line| (&line["failure"], &line["detail"])).collect();
+    let (cut, words) = (Value::from("draining"), Value::from("the drain took too long"));
+    assert_eq!(told, [(&cut, &words), (&cut, &words), (&"app_reset".into(), &"the app is gone".into())]);
+    let spans = seen.spans();
+    assert_eq!(spans.len(), 2);
+    assert!(spans.iter().all(|span| attribute(span, "weft.failure").as_deref() == Some("draining")));
 }
 
 #[tokio::test]
