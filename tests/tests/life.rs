@@ -1,6 +1,8 @@
 //! What a mesh lives through: instances that die, a drain, certificates that end, bodies that stall, apps that close
 //! their connections. Real programs in pods; load comes from h2load, odd behaviour from `life/app.py`.
 
+#[path = "life/balance.rs"]
+mod balance;
 #[path = "life/drain.rs"]
 mod drain;
 #[path = "life/kill.rs"]

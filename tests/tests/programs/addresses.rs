@@ -58,6 +58,49 @@ fn names_have_virtual_addresses_that_outlive_the_sidecar() {
 }
 
 #[test]
+fn an_unknown_virtual_address_is_reset_and_never_passed_through() {
+    if !can_run(&[ROOT, CURL, PYTHON]) {
+        return;
+    }
+    let mesh = Mesh::new();
+    let (client, server) = (mesh.network.pod("client"), mesh.network.pod("server"));
+    // somebody answers at such an address, and there is a way to it
+    server.shell("ip address add 240.0.0.99/32 dev eth0");
+    client.shell(&format!("ip route add 240.0.0.0/4 via {}", server.ipv4()));
+    let app = start_app(&server, "python3", "http_app.py", 8080, &[]);
+    let sidecar = mesh.sidecar(&client, "web", &["--mode", "allow-any"]);
+    let past_the_sidecar = |url: &str| {
+        let mut curl = client.command_as(SIDECAR_UID, "curl");
+        curl.args(["-s", "-m", "10", "-o", "/dev/null", "-w", "%{http_code}", url]);
+        output_of(curl)
+    };
+    assert_eq!(past_the_sidecar("http://240.0.0.99:8080/control"), "200", "the test's own way there");
+    let passed = curl(&client, mesh.network.folder(), &[&format!("http://{}:8080/", server.ipv4())]).outcome;
+    assert!(passed.starts_with("200 "), "the mode passes other addresses through: {passed}");
+    let heard = app.log();
+    let url = "http://240.0.0.99:8080/";
+    for arguments in [&[url][..], &["--http2-prior-knowledge", url], &["telnet://240.0.0.99:8080"]] {
+        let outcome = curl(&client, mesh.network.folder(), arguments).outcome;
+        assert!(outcome.starts_with("000 ") && outcome.contains("reset"), "{arguments:?}: {outcome}");
+    }
+    for port in [80, 443, 15001, 8080] {
+        // bytes, and a client that says nothing
+        for send in ["s.sendall(b'hello')", "pass"] {
+            let code = format!(
+                "import socket\ns = socket.create_connection(('240.0.0.99', {port}), 10)\n{send}\n\
+                 try:\n    print(s.recv(10))\nexcept ConnectionResetError:\n    print('reset')"
+            );
+            let mut python = client.command("python3");
+            python.args(["-c", &code]);
+            assert_eq!(output_of(python).trim(), "reset", "port {port}, {send}");
+        }
+    }
+    assert_eq!(app.log(), heard, "nothing came through");
+    let line = sidecar.wait_for_failure("unknown_virtual_address", &["240.0.0.99"]);
+    assert_eq!(line["peer_identity"], serde_json::Value::Null);
+}
+
+#[test]
 fn a_service_on_ipv6_is_reached_by_name_and_by_address() {
     if !can_run(&[ROOT, CURL, PYTHON]) {
         return;
