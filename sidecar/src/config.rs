@@ -5,6 +5,7 @@
 pub mod document;
 mod keys;
 pub mod policy_document;
+mod reader;
 mod used;
 mod written;
 

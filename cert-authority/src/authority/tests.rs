@@ -1,0 +1,118 @@
+use super::*;
+
+struct Home {
+    _outer: tempfile::TempDir,
+    directory: Directory,
+    now: SystemTime,
+}
+
+fn home() -> (Home, Authority) {
+    let outer = tempfile::tempdir().unwrap();
+    let directory = Directory::create(&outer.path().join("d")).unwrap();
+    let now = SystemTime::now();
+    let authority = Authority::init(&directory, "weft.local".parse().unwrap(), now).unwrap();
+    (Home { _outer: outer, directory, now }, authority)
+}
+
+fn request() -> Request {
+    Request { public_key: KeyPair::generate().unwrap().subject_public_key_info() }
+}
+
+fn web() -> SpiffeId {
+    "spiffe://weft.local/ns/shop/sa/web".parse().unwrap()
+}
+
+const DAY: Duration = Duration::from_secs(24 * 3600);
+
+#[test]
+fn a_restart_keeps_root_and_issuing_certificate() {
+    let (home, authority) = home();
+    let loaded = Authority::load(&home.directory, home.now).unwrap();
+    assert_eq!(loaded.root(), authority.root());
+    assert_eq!(loaded.issuing.certificate, authority.issuing.certificate);
+    assert_eq!(loaded.trust_domain().as_str(), "weft.local");
+    assert_eq!(loaded.root_sha256().len(), 64);
+}
+
+#[test]
+fn what_is_missing_or_damaged_is_an_error_and_never_made_anew() {
+    for name in [ROOT_FILE, ISSUING_FILE, ROOTS_FILE] {
+        let (home, _) = home();
+        home.directory.remove(name).unwrap();
+        let error = format!("{:#}", Authority::load(&home.directory, home.now).err().unwrap());
+        assert!(error.contains(name) && error.contains("backup"), "{error}");
+        assert!(home.directory.read(name).unwrap().is_none(), "{name} was made anew");
+        home.directory.write(name, b"not PEM").unwrap();
+        let error = format!("{:#}", Authority::load(&home.directory, home.now).err().unwrap());
+        assert!(error.contains(name), "{error}");
+    }
+}
+
+#[test]
+fn files_of_two_authorities_do_not_mix() {
+    for name in [ROOT_FILE, ISSUING_FILE, ROOTS_FILE] {
+        let ((home, _), (other, _)) = (self::home(), self::home());
+        let foreign = other.directory.read(name).unwrap().unwrap();
+        home.directory.write(name, &foreign).unwrap();
+        assert!(Authority::load(&home.directory, home.now).is_err(), "{name} of another authority");
+    }
+}
+
+#[test]
+fn a_workload_gets_exactly_what_it_may_have() {
+    let (home, authority) = home();
+    let request = request();
+    let issued = authority.sign(&request, &web(), DAY, home.now).unwrap();
+    assert_eq!(issued.leaf.id, web());
+    assert_eq!(issued.leaf.public_key, request.public_key);
+    assert!(issued.leaf.not_after <= home.now + DAY && issued.leaf.not_after > home.now + DAY / 2);
+    assert!(issued.leaf.not_before < home.now);
+    let parsed = read(&issued.chain[0]).unwrap();
+    assert!(parsed.subject().as_raw().len() == 2, "an empty subject");
+    assert!(parsed.subject_alternative_name().unwrap().unwrap().critical);
+    assert_ne!(issued.leaf.serial, authority.sign(&request, &web(), DAY, home.now).unwrap().leaf.serial);
+    let foreign = "spiffe://evil.example/ns/shop/sa/web".parse().unwrap();
+    assert!(authority.sign(&request, &foreign, DAY, home.now).is_err());
+}
+
+#[test]
+fn nothing_outlives_its_issuer_and_the_issuer_is_renewed_in_time() {
+    let (home, authority) = home();
+    assert!(!authority.issuing_is_due(home.now + ISSUING_LIFETIME / 4));
+    assert!(authority.issuing_is_due(home.now + ISSUING_LIFETIME / 2));
+    let late = authority.issuing.not_after - Duration::from_secs(60);
+    let issued = authority.sign(&request(), &web(), DAY, late).unwrap();
+    assert_eq!(issued.leaf.not_after, authority.issuing.not_after);
+    assert!(authority.sign(&request(), &web(), DAY, authority.issuing.not_after).is_err());
+
+    let renewed = authority.renew_issuing(&home.directory, late).unwrap();
+    assert_eq!(renewed.root(), authority.root());
+    assert!(renewed.issuing.not_after > authority.issuing.not_after);
+    let after = authority.issuing.not_after + DAY;
+    assert!(Authority::load(&home.directory, after).unwrap().sign(&request(), &web(), DAY, after).is_ok());
+}
+
+#[test]
+fn an_expired_issuer_is_renewed_on_start_and_an_expired_root_is_refused() {
+    let (home, authority) = home();
+    let later = authority.issuing.not_after + DAY;
+    assert!(Authority::load(&home.directory, later).unwrap().issuing.not_after > later);
+    let error = Authority::load(&home.directory, authority.root.not_after).err().unwrap().to_string();
+    assert!(error.contains("root expired"), "{error}");
+}
+
+#[test]
+fn an_operator_adds_roots_but_cannot_lose_ours() {
+    let ((home, authority), (other, _)) = (self::home(), self::home());
+    let both =
+        [ROOTS_FILE, ROOTS_FILE].iter().zip([&home, &other]).fold(Vec::new(), |mut all, (name, at)| {
+            all.extend(at.directory.read(name).unwrap().unwrap());
+            all
+        });
+    home.directory.write(ROOTS_FILE, &both).unwrap();
+    assert_eq!(Authority::load(&home.directory, home.now).unwrap().roots().len(), 2);
+    home.directory.write(ROOTS_FILE, &other.directory.read(ROOTS_FILE).unwrap().unwrap()).unwrap();
+    let error = format!("{:#}", Authority::load(&home.directory, home.now).err().unwrap());
+    assert!(error.contains("lacks the root"), "{error}");
+    assert_eq!(authority.roots().len(), 1);
+}
