@@ -64,7 +64,7 @@ const HEADER_LIST: u32 = 256 * 1024;
 /// Bytes of a request's body that wait for its stream's window.
 const SEND_BUFFER: usize = 128 * 1024;
 /// Bytes read at a time from an HTTP/1 server, and so the longest head of its answers.
-const HTTP1_BUFFER: usize = 256 * 1024;
+const HTTP1_BUFFER: usize = 128 * 1024;
 /// Connections to one key; past it a call is refused rather than queued without bound.
 const CONNECTIONS_PER_KEY: usize = 256;
 /// Idle HTTP/1 connections kept per key.
