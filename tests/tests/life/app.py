@@ -1,6 +1,7 @@
 """The app of these tests: PORT NAME. The path says how it answers; every request is a line of its output."""
 import http.client
 import http.server
+import os
 import signal
 import sys
 import time
@@ -13,6 +14,8 @@ TRACE = ("traceparent", "tracestate", "baggage", "b3", "x-b3-traceid", "x-b3-spa
 
 class App(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # head and body are two writes
+    disable_nagle_algorithm = True
 
     def log_message(self, *_):
         pass
@@ -32,8 +35,11 @@ class App(http.server.BaseHTTPRequestHandler):
             self.slow(size, seconds, chunked="chunked" in query)
         elif url.path == "/upload":
             self.answer(200, str(self.read_body()).encode())
-        elif url.path == "/never-read":
-            time.sleep(60)
+        elif url.path == "/hold":
+            # takes nothing of the body before that file exists
+            while not os.path.exists(query["until"]):
+                time.sleep(0.05)
+            self.answer(200, str(self.read_body()).encode())
         elif url.path == "/status":
             self.read_body()
             self.answer(int(query["code"]), b"status")
