@@ -2,11 +2,13 @@
 //! listeners and dialling, and the two-way copy. Knows nothing of HTTP or identities.
 
 mod copy;
+mod half_close;
 mod original_destination;
 mod socket;
 mod stream;
 
 pub use copy::{Copied, copy_both_ways};
+pub use half_close::HalfClose;
 pub use original_destination::original_destination;
 pub use socket::{dial, listen, listen_shared, reset, set_options};
 pub use stream::Stream;

@@ -123,11 +123,26 @@ where
 {
     let timer = HeadTimer::new(stream.count_reads(), limits.header_timeout);
     let reset = stream.cut_flag();
-    let builder = http1(limits, timer.clone());
-    let connection = builder.serve_connection(TokioIo::new(stream), service_fn(answer)).with_upgrades();
-    let mut connection = std::pin::pin!(connection);
+    let half_close = stream.half_close();
+    let mut builder = http1(limits, timer.clone());
+    builder.half_close(half_close.is_some());
+    let service = service_fn(|request| {
+        if let Some(half_close) = &half_close {
+            half_close.request_came();
+        }
+        answer(request)
+    });
+    let mut connection =
+        std::pin::pin!(builder.serve_connection(TokioIo::new(stream), service).with_upgrades());
+    let looking = async {
+        match &half_close {
+            Some(half_close) => half_close.keep_looking().await,
+            None => std::future::pending().await,
+        }
+    };
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
+        () = looking => return Ok(()),
         why = stop => {
             connection.as_mut().graceful_shutdown();
             let in_time = timeout(drain_timeout, connection.as_mut()).await;

@@ -7,7 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use bytes::{Buf, Bytes};
@@ -17,7 +17,7 @@ use tokio::{
 };
 use tokio_rustls::TlsStream;
 
-use super::socket::reset;
+use super::{half_close::HalfClose, socket::reset};
 
 /// A byte stream. What detection read ahead is put back with [`Stream::unread`] and read again first.
 #[derive(Debug)]
@@ -26,6 +26,7 @@ pub struct Stream {
     io: Io,
     read: Option<Arc<AtomicU64>>,
     cut: Option<Arc<AtomicBool>>,
+    half_close: Option<Arc<HalfClose>>,
 }
 
 #[derive(Debug)]
@@ -52,6 +53,14 @@ impl Stream {
         self.cut.get_or_insert_default().clone()
     }
 
+    /// For the server of an HTTP/1 client that may shut down its sending side. None over TLS.
+    pub fn half_close(&mut self) -> Option<Arc<HalfClose>> {
+        match &self.io {
+            Io::Tcp(_) => Some(self.half_close.get_or_insert_default().clone()),
+            Io::Tls(_) => None,
+        }
+    }
+
     /// The TCP socket below.
     pub fn tcp(&self) -> &TcpStream {
         match &self.io {
@@ -71,13 +80,13 @@ impl Drop for Stream {
 
 impl From<TcpStream> for Stream {
     fn from(tcp: TcpStream) -> Self {
-        Stream { ahead: Bytes::new(), io: Io::Tcp(tcp), read: None, cut: None }
+        Stream { ahead: Bytes::new(), io: Io::Tcp(tcp), read: None, cut: None, half_close: None }
     }
 }
 
 impl From<TlsStream<Stream>> for Stream {
     fn from(tls: TlsStream<Stream>) -> Self {
-        Stream { ahead: Bytes::new(), io: Io::Tls(Box::new(tls)), read: None, cut: None }
+        Stream { ahead: Bytes::new(), io: Io::Tls(Box::new(tls)), read: None, cut: None, half_close: None }
     }
 }
 
@@ -87,6 +96,9 @@ impl AsyncRead for Stream {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if let Some(half_close) = &self.half_close {
+            half_close.reading();
+        }
         let before = buffer.filled().len();
         let polled = self.poll_source(context, buffer);
         if let Some(read) = &self.read {
@@ -117,9 +129,16 @@ impl AsyncWrite for Stream {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        match &mut self.io {
-            Io::Tcp(tcp) => Pin::new(tcp).poll_write(context, bytes),
-            Io::Tls(tls) => Pin::new(tls).poll_write(context, bytes),
+        let this = &mut *self;
+        match (&mut this.io, &this.half_close) {
+            (Io::Tcp(tcp), Some(half_close)) => {
+                let (rest, ahead) = half_close.rest(bytes)?;
+                let count = ready!(Pin::new(tcp).poll_write(context, rest))?;
+                half_close.written();
+                Poll::Ready(Ok(ahead + count))
+            }
+            (Io::Tcp(tcp), None) => Pin::new(tcp).poll_write(context, bytes),
+            (Io::Tls(tls), _) => Pin::new(tls).poll_write(context, bytes),
         }
     }
 
@@ -128,6 +147,13 @@ impl AsyncWrite for Stream {
         context: &mut Context<'_>,
         parts: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        if let Some(half_close) = &self.half_close {
+            let first = parts.iter().find(|part| !part.is_empty()).map_or(&[][..], |part| part);
+            if half_close.is_ahead() {
+                return self.poll_write(context, first);
+            }
+            half_close.rest(first)?;
+        }
         match &mut self.io {
             Io::Tcp(tcp) => Pin::new(tcp).poll_write_vectored(context, parts),
             Io::Tls(tls) => Pin::new(tls).poll_write_vectored(context, parts),
@@ -142,6 +168,9 @@ impl AsyncWrite for Stream {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if let (Io::Tcp(tcp), Some(half_close)) = (&self.io, &self.half_close) {
+            half_close.look(tcp)?;
+        }
         match &mut self.io {
             Io::Tcp(tcp) => Pin::new(tcp).poll_flush(context),
             Io::Tls(tls) => Pin::new(tls).poll_flush(context),

@@ -1,7 +1,7 @@
 //! HTTP/1: curl and hand-written bytes against nginx and an app that tells what it got.
 
 use serde_json::Value;
-use weft_tests::Pod;
+use weft_tests::{Pod, until};
 
 use super::pair::{CURL, NGINX, PYTHON, Pair, ROOT, can_run, comparable, curl, headers, say};
 
@@ -151,6 +151,34 @@ fn pipelining_trailers_connect_and_upgrade() {
     pair.assert_secured();
 }
 
+#[test]
+fn work_stops_when_a_caller_is_gone_but_not_when_it_has_only_shut_down_its_side() {
+    if !can_run(&[ROOT, PYTHON]) {
+        return;
+    }
+    let mut pair = Pair::direct(&["orders"]);
+    let mut app = pair.start_app("http_app.py", 8080);
+    pair.weave(&[("orders", 8080)]);
+    let caller = |then: &str| {
+        let program = format!(
+            "import socket, time\nconnection = socket.create_connection(('orders', 8080))\n\
+             connection.sendall(b'GET /waits HTTP/1.1\\r\\nHost: orders\\r\\n\\r\\n')\n{then}\ntime.sleep(60)"
+        );
+        pair.client.start("python3", &["-c", &program])
+    };
+    let mut waits = caller("connection.shutdown(socket.SHUT_WR)\nprint(connection.recv(7), flush=True)");
+    // What every answer begins with: the sidecar has seen the end and asks whether somebody is there.
+    waits.wait_for_line("b'HTTP/1.'");
+    let goes = caller("");
+    until("both calls are at the app", || app.log().matches("waits").count() == 2);
+    assert!(!app.log().contains("gone"));
+    drop(goes);
+    app.wait_for_line("the caller is gone");
+    assert_eq!(app.log().matches("gone").count(), 1);
+    assert!(!waits.has_ended());
+    pair.from.as_ref().unwrap().wait_for_failure("client_gone", &[]);
+}
+
 /// Each with what was answered, made comparable.
 fn hand_written(pod: &Pod) -> Vec<(&'static str, Vec<String>)> {
     let ask = |words: &[&str]| say(pod, "orders", 8080, words);
@@ -177,7 +205,20 @@ fn hand_written(pod: &Pod) -> Vec<(&'static str, Vec<String>)> {
         "?AT ONCE",
         "more",
     ]);
+    let half_closed = [
+        r"GET /later HTTP/1.1\r\nHost: orders\r\n\r\n",
+        r"GET /later HTTP/1.0\r\nHost: orders\r\n\r\n",
+        r"GET /later HTTP/1.1\r\nHost: orders\r\n\r\nGET /later HTTP/1.1\r\nHost: orders\r\n\r\n",
+        r"POST /later HTTP/1.1\r\nHost: orders\r\nContent-Length: 3\r\n\r\nabc",
+        r"GET /half-closes HTTP/1.1\r\nHost: orders\r\n\r\n",
+        r"GET /chunked HTTP/1.1\r\nHost: orders\r\n\r\n",
+    ];
+    let half_closed = half_closed.map(|request| answers(&ask(&["--half-close", request])).concat());
+    let server_half_closes =
+        ask(&[r"GET /half-closes HTTP/1.1\r\nHost: orders\r\nConnection: close\r\n\r\n"]);
     vec![
+        ("half-closed", half_closed.to_vec()),
+        ("the server half-closes", answers(&server_half_closes)),
         ("pipelined", answers(&pipelined)),
         ("trailers of a request", told_trailers(&trailers)),
         (

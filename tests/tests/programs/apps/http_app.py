@@ -8,6 +8,7 @@ import json
 import socket
 import socketserver
 import sys
+import time
 
 NAME = sys.argv[2] if len(sys.argv) > 2 else "app"
 
@@ -52,6 +53,8 @@ class Handler(socketserver.StreamRequestHandler):
 
     def answer(self, method, target, version, fields, body, trailers):
         path = target.split("?")[0]
+        if path == "/later":
+            time.sleep(0.7)
         if path == "/chunked":
             self.head("200 OK", "Transfer-Encoding: chunked\r\nTrailer: X-Checksum\r\n")
             for part in (b"one ", b"two ", b"three" * 5000):
@@ -60,6 +63,17 @@ class Handler(socketserver.StreamRequestHandler):
         elif path == "/until-close":
             self.head("200 OK", "Connection: close\r\n")
             self.wfile.write(b"until the end " * 1000)
+            return False
+        elif path == "/half-closes":
+            self.head("200 OK", "Connection: close\r\n")
+            self.wfile.write(b"until the end")
+            self.connection.shutdown(socket.SHUT_WR)
+            self.rfile.read()
+            return False
+        elif path == "/waits":
+            print("waits", flush=True)
+            self.rfile.read(1)
+            print("the caller is gone", flush=True)
             return False
         elif path == "/none":
             self.head("204 No Content", "X-Nothing: here\r\n")
