@@ -5,5 +5,7 @@
 mod framing;
 #[path = "strangers/limits.rs"]
 mod limits;
+#[path = "strangers/peers.rs"]
+mod peers;
 #[path = "strangers/wire.rs"]
 mod wire;

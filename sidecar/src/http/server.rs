@@ -253,9 +253,11 @@ fn http2(limits: &HttpLimits) -> hyper::server::conn::http2::Builder<TokioExecut
 }
 
 fn client_failure(error: &hyper::Error) -> Failed {
+    let http2 = std::error::Error::source(error).and_then(|cause| cause.downcast_ref::<h2::Error>());
     let failure = if error.is_parse_too_large() {
         Failure::HeadersTooLarge
-    } else if error.is_parse() {
+    } else if error.is_parse() || http2.is_some_and(h2::Error::is_library) {
+        // h2 ends a connection by itself when the client breaks the rules of HTTP/2, or floods.
         Failure::BadRequest
     } else if error.is_timeout() {
         Failure::ClientTimeout
