@@ -55,13 +55,13 @@ pub async fn accept<Handle, Handling>(
         if let Err(error) = net::set_options(&stream) {
             tracing::debug!(%error, %client, "cannot set the options of a connection");
         }
-        let handling = AssertUnwindSafe(handle(stream, client)).catch_unwind();
         let tell = tell.clone();
-        tokio::spawn(async move {
-            if handling.await.is_err() {
+        // Not an async block around it: that would keep room for the connection's future twice.
+        tokio::spawn(AssertUnwindSafe(handle(stream, client)).catch_unwind().map(move |ended| {
+            if ended.is_err() {
                 tell(Incident::Panicked, client);
             }
             drop(place);
-        });
+        }));
     }
 }

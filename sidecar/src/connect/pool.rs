@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    hash::{Hash, Hasher},
     io,
     net::SocketAddr,
     sync::{
@@ -36,7 +37,7 @@ use crate::{
 };
 
 /// What must be the same for a connection to be used again.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Key {
     /// Where it goes.
     pub address: SocketAddr,
@@ -44,6 +45,14 @@ pub struct Key {
     pub security: Security,
     /// What it speaks.
     pub version: HttpVersion,
+}
+
+/// Asked for at every request: keys that differ in the identities alone are rare, and need not differ in hash.
+impl Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.address.hash(state);
+        self.version.hash(state);
+    }
 }
 
 /// How a connection is secured.

@@ -12,7 +12,7 @@ use http_body::{Frame, SizeHint};
 use hyper::{body::Incoming, header::HeaderMap};
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::{replay::ReplayBody, streams::InFlight};
+use super::{headers::GRPC_STATUS, replay::ReplayBody, streams::InFlight};
 use crate::telemetry::ByteCount;
 
 /// What a body reports when its source fails. A server that gets it cuts the connection or resets the stream,
@@ -231,5 +231,5 @@ impl Drop for Body {
 
 /// The gRPC status of trailers, or of the head of an answer that has no body.
 pub fn grpc_status(headers: &HeaderMap) -> Option<u16> {
-    headers.get("grpc-status")?.to_str().ok()?.parse().ok()
+    headers.get(GRPC_STATUS)?.to_str().ok()?.parse().ok()
 }

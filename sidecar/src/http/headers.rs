@@ -10,6 +10,21 @@ use weft_proto::names;
 
 use crate::model::{Failed, Failure, HttpVersion, Result};
 
+/// gRPC over HTTP/2, "Requests": how long the caller waits.
+pub const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+/// gRPC over HTTP/2, "Responses": how the call ended.
+pub const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+/// gRPC retry design (A6): when the server wants the call again, if at all.
+pub const GRPC_RETRY_PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-pushback-ms");
+/// What the caller's app spoke.
+pub const PROTOCOL: HeaderName = HeaderName::from_static(names::HEADER_PROTOCOL);
+/// How long the caller waits.
+pub const DEADLINE: HeaderName = HeaderName::from_static(names::HEADER_DEADLINE);
+/// Which attempt of the caller's sidecar this is.
+pub const ATTEMPT: HeaderName = HeaderName::from_static(names::HEADER_ATTEMPT);
+/// The label of a failure of the mesh.
+pub const FAILURE: HeaderName = HeaderName::from_static(names::HEADER_FAILURE);
+
 /// Header fields that belong to one connection (RFC 9110 7.6.1), beside those that `Connection` names.
 const PER_HOP: [HeaderName; 5] = [
     header::CONNECTION,
@@ -164,8 +179,7 @@ pub fn clean_trailers(trailers: &mut HeaderMap) {
 /// Removes every header that only the mesh may set. An app or a stranger that sets one is not believed.
 pub fn remove_ours(headers: &mut HeaderMap) {
     let is_ours = |name: &&HeaderName| name.as_str().starts_with(names::HEADER_PREFIX);
-    let ours: Vec<HeaderName> = headers.keys().filter(is_ours).cloned().collect();
-    for name in ours {
+    while let Some(name) = headers.keys().find(is_ours).cloned() {
         headers.remove(name);
     }
 }
@@ -271,7 +285,7 @@ fn uri(scheme: Option<Scheme>, authority: Option<Authority>, path: PathAndQuery)
 }
 
 /// A header as text, where there is one and it is text.
-pub fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+pub fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
     headers.get(name)?.to_str().ok()
 }
 

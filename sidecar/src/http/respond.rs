@@ -4,9 +4,8 @@ use hyper::{
     Response, StatusCode,
     header::{CONTENT_TYPE, HeaderName, HeaderValue},
 };
-use weft_proto::names;
 
-use super::Body;
+use super::{Body, headers::FAILURE};
 use crate::model::Failure;
 
 /// The answer to a request that failed. A gRPC caller gets it as a gRPC status in an answer without a body
@@ -27,7 +26,7 @@ pub fn answer(failure: Failure, is_grpc: bool) -> Response<Body> {
         response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
         response
     };
-    response.headers_mut().insert(HeaderName::from_static(names::HEADER_FAILURE), label);
+    response.headers_mut().insert(FAILURE, label);
     response
 }
 

@@ -174,7 +174,8 @@ where
     let read = stream.count_reads();
     let streams = Streams::new();
     let service = service_fn(|request| {
-        let begun = streams.begin().map(|in_flight| (in_flight, answer(request)));
+        // Boxed: a task is moved several times until it runs, and this is nearly all of it.
+        let begun = streams.begin().map(|in_flight| (in_flight, Box::pin(answer(request))));
         async move {
             let Some((mut in_flight, answering)) = begun else { return Err(refuse_stream()) };
             let answered = answering.await;

@@ -58,6 +58,11 @@ impl Delivery {
         }
     }
 
+    /// Is it an address of this workload?
+    pub fn is_own(&self, address: IpAddr) -> bool {
+        self.addresses.contains(&address.to_canonical())
+    }
+
     /// Where the app is reached for that destination.
     ///
     /// # Errors
@@ -67,8 +72,7 @@ impl Delivery {
         if self.own_ports.contains(&meant.port()) {
             return Err(Failed::new(Failure::Loop, format!("{meant} is a port of the sidecar itself")));
         }
-        if !self.addresses.contains(&address) || address.is_loopback() && !self.ports.contains(&meant.port())
-        {
+        if !self.is_own(address) || address.is_loopback() && !self.ports.contains(&meant.port()) {
             return Err(Failed::new(Failure::NotOurs, format!("{meant} is no address of this workload")));
         }
         if self.ports.contains(&meant.port()) {

@@ -1,8 +1,12 @@
 //! One request that reaches the app: what its caller may claim, whether it may pass, delivery, the answer.
 
-use hyper::{Method, Request, Response, Version, body::Incoming, header::HeaderMap, http::uri::Authority};
+use hyper::{
+    Method, Request, Response, Version,
+    body::Incoming,
+    header::{HeaderMap, HeaderValue},
+    http::uri::Authority,
+};
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
-use weft_proto::names;
 
 use super::{APP_TIMEOUT, Arrival, Inbound, as_app};
 use crate::{
@@ -12,9 +16,6 @@ use crate::{
     policy::{authorization::Permit, deadline::Deadline},
     telemetry::Record,
 };
-
-/// gRPC over HTTP/2, "Requests".
-const GRPC_TIMEOUT: &str = "grpc-timeout";
 
 /// The caller's sidecar adds headers of its own to what its app may send.
 const ADDED_FIELDS: usize = 16;
@@ -79,8 +80,14 @@ impl Inbound {
         let permit = self.permit(arrival)?;
         let overloaded = |_| Failed::new(Failure::Overloaded, "the bound of requests at a time is reached");
         let place = self.requests.clone().try_acquire_owned().map_err(overloaded)?;
-        let grpc_timeout = headers::text(request.headers(), GRPC_TIMEOUT);
-        let deadline = Deadline::start(None, grpc_timeout, claims.deadline.as_deref(), Instant::now()).at();
+        let grpc_timeout = headers::text(request.headers(), &headers::GRPC_TIMEOUT);
+        let deadline = Deadline::start(
+            None,
+            grpc_timeout,
+            claims.deadline.as_ref().and_then(|value| value.to_str().ok()),
+            Instant::now(),
+        )
+        .at();
         let spoken =
             if request.version() == Version::HTTP_2 { HttpVersion::Http2 } else { HttpVersion::Http1 };
         let version = claims.version.unwrap_or(spoken);
@@ -156,18 +163,18 @@ impl Inbound {
 /// What a sidecar tells of a request. Removed from every request, believed from a sidecar.
 struct Claims {
     version: Option<HttpVersion>,
-    deadline: Option<String>,
+    deadline: Option<HeaderValue>,
 }
 
 impl Claims {
     fn take(headers: &mut HeaderMap, believed: bool) -> Self {
-        let text = |name| headers::text(headers, name).filter(|_| believed);
-        let version = match text(names::HEADER_PROTOCOL) {
-            Some("h1") => Some(HttpVersion::Http1),
-            Some("h2") => Some(HttpVersion::Http2),
+        let mut take = |name| headers.remove(name).filter(|_| believed);
+        let version = match take(headers::PROTOCOL).as_ref().map(HeaderValue::as_bytes) {
+            Some(b"h1") => Some(HttpVersion::Http1),
+            Some(b"h2") => Some(HttpVersion::Http2),
             _ => None,
         };
-        let deadline = text(names::HEADER_DEADLINE).map(str::to_owned);
+        let deadline = take(headers::DEADLINE);
         headers::remove_ours(headers);
         Claims { version, deadline }
     }

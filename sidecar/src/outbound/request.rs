@@ -6,14 +6,13 @@ use std::{net::SocketAddr, sync::Arc, time::SystemTime};
 use hyper::{
     Request, Response, Version,
     body::Incoming,
-    header::{HeaderName, HeaderValue, RETRY_AFTER},
+    header::{HeaderValue, RETRY_AFTER},
     http::{request::Parts, uri::Authority},
 };
 use tokio::{
     sync::OwnedSemaphorePermit,
     time::{Instant, sleep, timeout_at},
 };
-use weft_proto::names;
 
 use super::{Known, Outbound, Target, Upstream};
 use crate::{
@@ -30,9 +29,6 @@ use crate::{
     telemetry::{Cut, Record, TraceContext},
     tls::VerifiedPeer,
 };
-
-/// gRPC over HTTP/2, "Requests".
-const GRPC_TIMEOUT: &str = "grpc-timeout";
 
 /// The head of an answer and, beyond this sidecar, the connection it came on; or why there is none.
 type Attempted = std::result::Result<(Response<Body>, Option<InUse>), SendFailed>;
@@ -112,7 +108,7 @@ impl Outbound {
             let answered = Box::pin(self.upgrade(request, upstream, &known, only, upgrade, record)).await?;
             return Ok((answered, place));
         }
-        let grpc_timeout = headers::text(request.headers(), GRPC_TIMEOUT);
+        let grpc_timeout = headers::text(request.headers(), &headers::GRPC_TIMEOUT);
         let deadline = Deadline::start(known.policy.timeouts.request, grpc_timeout, None, Instant::now());
         let version = match known.security {
             Security::Mesh(_) => HttpVersion::Http2,
@@ -121,9 +117,7 @@ impl Outbound {
         headers::remove_per_hop(request.headers_mut());
         headers::frame_for(&mut request, version, authority, || authority_of(upstream))?;
         if let Security::Mesh(_) = known.security {
-            request
-                .headers_mut()
-                .insert(HeaderName::from_static(names::HEADER_PROTOCOL), protocol_name(spoken));
+            request.headers_mut().insert(headers::PROTOCOL, protocol_name(spoken));
         }
         let (head, body) = request.into_parts();
         let body = Replay::new(body, known.policy.retries.body_bytes, || record.count_request_bytes());
@@ -173,7 +167,7 @@ impl Outbound {
             Ok((response, in_use)) => {
                 record.attempt_answered(response.status().as_u16());
                 record.peer(in_use.as_ref().and_then(InUse::peer).map(VerifiedPeer::id));
-                let grpc = headers::text(response.headers(), "grpc-status").map(GrpcStatus::parse);
+                let grpc = headers::text(response.headers(), &headers::GRPC_STATUS).map(GrpcStatus::parse);
                 let failure = call.mesh_failure(response);
                 failure.is_some_and(failure_speaks_against_endpoint)
                     || speaks_against_endpoint(response.status().as_u16(), grpc)
@@ -234,6 +228,9 @@ impl Outbound {
 
     /// The endpoint is this very workload: the inbound story takes the request without the network.
     pub(super) fn own_arrival(&self, endpoint: SocketAddr) -> Option<Arrival> {
+        if !self.inbound.delivery.is_own(endpoint.ip()) {
+            return None;
+        }
         let app = self.inbound.delivery.address_of_app(endpoint).ok()?;
         let id = self.inbound.credentials.borrow().as_ref()?.id().clone();
         Some(Arrival {
@@ -328,17 +325,17 @@ impl Call<'_> {
         let mut request = Request::from_parts(self.head.clone(), self.body.begin());
         let head = request.headers_mut();
         record.inject(span, head);
-        let timeout = self.deadline.grpc_header(headers::text(head, GRPC_TIMEOUT), now);
+        let timeout = self.deadline.grpc_header(headers::text(head, &headers::GRPC_TIMEOUT), now);
         if let Some(timeout) = timeout.and_then(|text| HeaderValue::try_from(text).ok()) {
-            head.insert(HeaderName::from_static(GRPC_TIMEOUT), timeout);
+            head.insert(headers::GRPC_TIMEOUT, timeout);
         }
         if self.is_mesh() {
             let deadline = self.deadline.weft_header(now).and_then(|text| HeaderValue::try_from(text).ok());
             if let Some(deadline) = deadline {
-                head.insert(HeaderName::from_static(names::HEADER_DEADLINE), deadline);
+                head.insert(headers::DEADLINE, deadline);
             }
             if record.attempts() > 1 {
-                head.insert(HeaderName::from_static(names::HEADER_ATTEMPT), record.attempts().into());
+                head.insert(headers::ATTEMPT, record.attempts().into());
             }
         }
         request
@@ -346,7 +343,7 @@ impl Call<'_> {
 
     /// The label that a sidecar put on an answer of its own. Nobody else is believed.
     fn mesh_failure<B>(&self, response: &Response<B>) -> Option<Failure> {
-        headers::text(response.headers(), names::HEADER_FAILURE)
+        headers::text(response.headers(), &headers::FAILURE)
             .filter(|_| self.is_mesh())
             .and_then(Failure::from_label)
     }
@@ -364,8 +361,8 @@ impl Call<'_> {
                 }
                 _ => Outcome::Answered {
                     status: response.status().as_u16(),
-                    retry_after: headers::text(response.headers(), RETRY_AFTER.as_str()),
-                    pushback: headers::text(response.headers(), "grpc-retry-pushback-ms"),
+                    retry_after: headers::text(response.headers(), &RETRY_AFTER),
+                    pushback: headers::text(response.headers(), &headers::GRPC_RETRY_PUSHBACK),
                 },
             },
         };

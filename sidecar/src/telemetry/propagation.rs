@@ -33,8 +33,9 @@ impl Propagators {
             (Formats::B3_MULTI, read_b3_multi),
             (Formats::JAEGER, read_jaeger),
         ];
+        let present = present(headers);
         for (format, read) in readers {
-            if !self.read.has(format) {
+            if !self.read.has(format) || !present.has(format) {
                 continue;
             }
             if let Some(said) = read(headers) {
@@ -50,9 +51,9 @@ impl Propagators {
     /// Writes the context in the caller's formats and those always written; removes what would contradict it.
     pub fn inject(&self, context: &TraceContext, headers: &mut HeaderMap) {
         let write = context.formats.and(self.always);
-        let touched = self.read.and(self.always);
+        let touched = self.read.and(self.always).both(present(headers));
         if write.has(Formats::W3C) {
-            headers.insert(HeaderName::from_static(TRACEPARENT), w3c(context));
+            headers.insert(TRACEPARENT, w3c(context));
         }
         if touched.has(Formats::W3C) && !context.formats.has(Formats::W3C) {
             // Trace Context 3.3: `tracestate` means nothing without the `traceparent` that it came with.
@@ -62,34 +63,47 @@ impl Propagators {
             }
         }
         if write.has(Formats::B3_SINGLE) {
-            headers.insert(HeaderName::from_static(B3), b3_single(context));
+            headers.insert(B3, b3_single(context));
         } else if touched.has(Formats::B3_SINGLE) {
             headers.remove(B3);
         }
         if touched.has(Formats::B3_MULTI) {
-            B3_MULTI.iter().for_each(|name| drop(headers.remove(*name)));
+            B3_MULTI.iter().for_each(|name| drop(headers.remove(name)));
         }
         if write.has(Formats::B3_MULTI) {
             write_b3_multi(context, headers);
         }
         if write.has(Formats::JAEGER) {
-            headers.insert(HeaderName::from_static(UBER_TRACE_ID), jaeger(context));
+            headers.insert(UBER_TRACE_ID, jaeger(context));
         } else if touched.has(Formats::JAEGER) {
             headers.remove(UBER_TRACE_ID);
         }
     }
 }
 
-const TRACEPARENT: &str = "traceparent";
-const TRACESTATE: &str = "tracestate";
-const B3: &str = "b3";
-const B3_TRACE_ID: &str = "x-b3-traceid";
-const B3_SPAN_ID: &str = "x-b3-spanid";
-const B3_PARENT_SPAN_ID: &str = "x-b3-parentspanid";
-const B3_SAMPLED: &str = "x-b3-sampled";
-const B3_FLAGS: &str = "x-b3-flags";
-const B3_MULTI: [&str; 5] = [B3_TRACE_ID, B3_SPAN_ID, B3_PARENT_SPAN_ID, B3_SAMPLED, B3_FLAGS];
-const UBER_TRACE_ID: &str = "uber-trace-id";
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
+const B3: HeaderName = HeaderName::from_static("b3");
+const B3_TRACE_ID: HeaderName = HeaderName::from_static("x-b3-traceid");
+const B3_SPAN_ID: HeaderName = HeaderName::from_static("x-b3-spanid");
+const B3_PARENT_SPAN_ID: HeaderName = HeaderName::from_static("x-b3-parentspanid");
+const B3_SAMPLED: HeaderName = HeaderName::from_static("x-b3-sampled");
+const B3_FLAGS: HeaderName = HeaderName::from_static("x-b3-flags");
+const B3_MULTI: [HeaderName; 5] = [B3_TRACE_ID, B3_SPAN_ID, B3_PARENT_SPAN_ID, B3_SAMPLED, B3_FLAGS];
+const UBER_TRACE_ID: HeaderName = HeaderName::from_static("uber-trace-id");
+
+/// The formats of which there is a header at all: most requests have those of one, or none.
+fn present(headers: &HeaderMap) -> Formats {
+    headers.keys().fold(Formats::NONE, |found, name| {
+        found.and(match name.as_str() {
+            "traceparent" | "tracestate" => Formats::W3C,
+            "b3" => Formats::B3_SINGLE,
+            "uber-trace-id" => Formats::JAEGER,
+            name if name.starts_with("x-b3-") => Formats::B3_MULTI,
+            _ => Formats::NONE,
+        })
+    })
+}
 
 /// What one format said.
 struct Said {
@@ -179,17 +193,17 @@ fn read_b3_multi(headers: &HeaderMap) -> Option<Said> {
 }
 
 fn write_b3_multi(context: &TraceContext, headers: &mut HeaderMap) {
-    headers.insert(HeaderName::from_static(B3_TRACE_ID), Text::new().trace_id(context.trace_id).value());
-    headers.insert(HeaderName::from_static(B3_SPAN_ID), Text::new().hex(context.span_id.into(), 16).value());
+    headers.insert(B3_TRACE_ID, Text::new().trace_id(context.trace_id).value());
+    headers.insert(B3_SPAN_ID, Text::new().hex(context.span_id.into(), 16).value());
     if context.parent_id != 0 {
         let parent = Text::new().hex(context.parent_id.into(), 16).value();
-        headers.insert(HeaderName::from_static(B3_PARENT_SPAN_ID), parent);
+        headers.insert(B3_PARENT_SPAN_ID, parent);
     }
     if context.debug && context.sampled {
-        headers.insert(HeaderName::from_static(B3_FLAGS), HeaderValue::from_static("1"));
+        headers.insert(B3_FLAGS, HeaderValue::from_static("1"));
     } else {
         let sampled = HeaderValue::from_static(if context.sampled { "1" } else { "0" });
-        headers.insert(HeaderName::from_static(B3_SAMPLED), sampled);
+        headers.insert(B3_SAMPLED, sampled);
     }
 }
 
@@ -230,7 +244,7 @@ fn jaeger(context: &TraceContext) -> HeaderValue {
 }
 
 /// The value of a header that is there exactly once.
-fn only<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+fn only(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
     let mut values = headers.get_all(name).iter();
     let value = values.next()?.to_str().ok()?;
     values.next().is_none().then_some(value)
@@ -268,7 +282,8 @@ fn short_hex(text: &str, longest: usize) -> Option<u128> {
 
 /// At most 32 hexadecimal digits; no sign, which `from_str_radix` would take.
 fn hex(text: &str) -> Option<u128> {
-    text.bytes().all(|byte| byte.is_ascii_hexdigit()).then(|| u128::from_str_radix(text, 16).ok())?
+    text.bytes()
+        .try_fold(0, |number: u128, byte| Some(number << 4 | u128::from(char::from(byte).to_digit(16)?)))
 }
 
 /// A header value in the making, on the stack.
@@ -289,10 +304,11 @@ impl Text {
     }
 
     fn hex(&mut self, number: u128, digits: usize) -> &mut Text {
-        for place in (0..digits).rev() {
-            let digit = (number >> (place * 4)) as usize & 15;
-            self.push(&b"0123456789abcdef"[digit..=digit]);
+        let text = &mut self.bytes[self.length..self.length + digits];
+        for (place, byte) in text.iter_mut().rev().enumerate() {
+            *byte = b"0123456789abcdef"[(number >> (place * 4)) as usize & 15];
         }
+        self.length += digits;
         self
     }
 

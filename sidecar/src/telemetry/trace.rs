@@ -79,6 +79,11 @@ impl Formats {
         Formats(self.0 | other.0)
     }
 
+    /// Those that are in each of the two.
+    pub const fn both(self, other: Formats) -> Formats {
+        Formats(self.0 & other.0)
+    }
+
     /// Is all of the other in this one?
     pub const fn has(self, other: Formats) -> bool {
         self.0 & other.0 == other.0
