@@ -137,7 +137,8 @@ class Process:
         return 0.0
 
     def stop(self, patience=STOP_PATIENCE):
-        if self.popen.poll() is None:
+        """Asks first; with a patience of 0 it does not ask."""
+        if patience and self.popen.poll() is None:
             self.popen.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.popen.wait(patience)
@@ -223,7 +224,7 @@ class Machine:
         return output
 
     def forget(self, process):
-        process.stop()
+        process.stop(patience=0)
         self.processes.remove(process)
 
     def stop(self):
@@ -277,14 +278,13 @@ def run(arguments, timeout=PATIENCE):
     return done.stdout
 
 
-def wait(what, is_so, pause=0.01, explain=lambda: ""):
-    """Looks again and again; gives the seconds that it took."""
+def wait(what, is_so, pause=0.01, explain=lambda: "", patience=PATIENCE):
+    """Looks again and again."""
     begin = time.monotonic()
     while not is_so():
-        if time.monotonic() - begin > PATIENCE:
-            raise Failed(f"waited {PATIENCE} s in vain until {what}. {explain()}")
+        if time.monotonic() - begin > patience:
+            raise Failed(f"waited {patience} s in vain until {what}. {explain()}")
         time.sleep(pause)
-    return time.monotonic() - begin
 
 
 def write(path, text):

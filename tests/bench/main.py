@@ -10,7 +10,7 @@ import time
 
 import apps
 import report
-from cases import CASES, settle
+from cases import CASES, Run
 from machine import Asked, Failed, Machine, Signals
 from peers import PLANS, Peer, Place, read_plans
 
@@ -97,68 +97,67 @@ def measure(machine, plans, cases, arguments):
     for number, plan in enumerate(plans, start=1):
         say(f"starting {plan.name}")
         place = Place(machine, number, plan.name, tools)
-        peer = Peer(plan, place)
-        peer.apps = apps.start_apps(place)
-        peer.start()
-        peers.append(peer)
-    time.sleep(1)
-    idle = {peer.name: [process.rss_mb() for process in peer.proxies] for peer in peers}
-    for peer in peers:
-        settle(peer)
-    begun = time.monotonic()
-    samples = {}
+        peers.append(Peer(plan, place))
+        peers[-1].apps = apps.start_apps(place)
+        peers[-1].start()
+    run = Run(arguments.seconds, arguments.quick)
+    run.peers = peers
+    begun, samples = time.monotonic(), {}
     for number, case in enumerate(cases, start=1):
-        rounds = case.rounds or arguments.rounds
+        rounds = min(case.rounds, arguments.rounds) or arguments.rounds
         for turn in range(rounds):
             # each peer comes first in some round
-            for peer in peers[turn % len(peers) :] + peers[: turn % len(peers)]:
-                if not case.peers(peer):
-                    continue
-                sample = case.measure(peer, arguments.seconds)
+            first = turn % len(peers)
+            for peer in [peer for peer in peers[first:] + peers[:first] if case.wants(peer)]:
+                if not case.own_start:
+                    peer.restart()
+                sample = case.measure(peer, run)
+                run.note(case, peer, sample)
                 samples.setdefault((case.name, peer.name), []).append(sample)
-                say(f"[{number}/{len(cases)}, {turn + 1}/{rounds}] {case.name:14}{peer.name:12}{brief(sample)}")
+                where = f"{number}/{len(cases)} {turn + 1}/{rounds}"
+                say(f"{where:10}{case.name:14}{peer.name:12}{report.brief(sample)}")
+    traced = {peer.name: apps.spans(peer.place) for peer in peers if peer.proxies}
+    rows = [
+        row(case, peer, samples[(case.name, peer.name)])
+        for case in cases
+        for peer in peers
+        if (case.name, peer.name) in samples
+    ]
+    share(rows, "start", ("rss_mb_idle", "ready_ms"), lambda case: True)
+    share(rows, "counts", ("allocations_per_request", "system_calls_per_request"), lambda case: case == "http1-32")
     return {
         "when": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "seconds": round(time.monotonic() - begun),
-        "peers": [{"name": peer.name, "about": peer.plan.about, "ready_ms": peer.ready_ms} for peer in peers],
-        "idle": idle,
+        "rounds": arguments.rounds,
+        "length": arguments.seconds,
+        "peers": {peer.name: peer.plan.about for peer in peers},
+        "spans": traced,
         "cases": cases,
-        "rows": [
-            row(case, peer, samples[(case.name, peer.name)], idle[peer.name])
-            for case in cases
-            for peer in peers
-            if (case.name, peer.name) in samples
-        ],
+        "rows": rows,
     }
 
 
-def row(case, peer, samples, idle):
+def share(rows, source, names, wanted):
+    """Copies what one case found out into the rows of others."""
+    found = {row["peer"]: row for row in rows if row["case"] == source}
+    for row in rows:
+        if row["peer"] in found and wanted(row["case"]):
+            row.update({name: found[row["peer"]].get(name) for name in names})
+
+
+def row(case, peer, samples):
     """One object of the JSON output: the medians over the rounds, and beside each its lowest and highest."""
     made = {"peer": peer.name, "case": case.name, "title": case.title, "connections": case.connections}
     made |= {name: None for name in report.ALWAYS}
-    made |= {"rss_mb_idle": max(idle, default=None), "ready_ms": max(peer.ready_ms, default=None)}
     spread = {}
     for name in dict.fromkeys(name for sample in samples for name in sample):
         values = [sample[name] for sample in samples if sample.get(name) is not None]
-        if values:
-            made[name] = statistics.median(values)
-            spread[name] = [min(values), max(values)]
-    for name, value in made.items():
-        if isinstance(value, float):
-            made[name] = round(value, 2)
-    made["rounds"] = len(samples)
-    made["spread"] = {name: [round(end, 2) for end in ends] for name, ends in spread.items()}
-    return made
-
-
-def brief(sample):
-    words = []
-    for name, text in report.BRIEF:
-        if sample.get(name) is not None:
-            words.append(text.format(sample[name]))
-    if sample.get("errors"):
-        words.append(f"{sample['errors']} ERRORS")
-    return "  ".join(words)
+        if values and isinstance(values[0], str):
+            made[name] = values[0]
+        elif values:
+            made[name] = round(statistics.median(values), 2)
+            spread[name] = [round(min(values), 2), round(max(values), 2)]
+    return made | {"rounds": len(samples), "spread": spread}
 
 
 def say(text):

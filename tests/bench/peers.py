@@ -19,6 +19,7 @@ USER = 1337  # of every proxy: what it sends is not redirected
 APP_PORTS = {"http1": 8080, "http2": 8081, "grpc": 8082, "tcp": 8083}
 OTLP_PORT = 4318
 AUTHORITY_PORT = 15080
+SETTLE = 0.3  # seconds between ready and the first measurement
 SAMPLED = 0.01  # share of the requests that are traced
 
 
@@ -39,15 +40,16 @@ class Plan:
     name: str
     dial: str = "server"  # whom the client dials: the server itself, or the service in front of it
     setup: object = lambda place: None  # gives the two sides
-    services: bool = False  # can be told of many services
     about: str = ""
+    add_services: object = None  # tells it of many services; gives a URL for each
+    remove_services: object = None
 
 
 class Place:
     """Where a peer runs: its pair of namespaces, a folder, the addresses."""
 
     def __init__(self, machine, number, name, tools):
-        self.machine, self.name, self.tools = machine, name, tools
+        self.machine, self.number, self.name, self.tools = machine, number, name, tools
         self.client, self.server = machine.pair(number)
         self.service = f"10.99.{number}.100"
         self.folder = machine.path(name)
@@ -102,10 +104,13 @@ class Peer:
         wait(f"{process.name} is ready", is_ready, pause=0.001, explain=lambda: f"Its log: {process.log}")
         return process, (time.monotonic() - begin) * 1000
 
-    def stop(self):
+    def restart(self):
+        """New proxies, with nothing left of earlier load."""
         for process in self.proxies:
             self.place.machine.forget(process)
         self.proxies = []
+        self.start()
+        time.sleep(SETTLE if self.proxies else 0)
 
     def check(self):
         for process in self.apps + self.proxies:
@@ -175,6 +180,25 @@ def write_service(folder, name, addresses, endpoints):
     os.rename(hidden, os.path.join(folder, f"{name}.yaml"))
 
 
+def add_services(place, network, count, endpoints):
+    """Service files with addresses of their own, whose endpoints all lead to the same app. Gives a URL for each."""
+    urls = []
+    for number in range(count):
+        first = number * endpoints
+        port = APP_PORTS["http1"]
+        listed = [f"{network}.{at >> 8}.{at & 255}:{port}" for at in range(first, first + endpoints)]
+        address = f"10.230.{number >> 8}.{number & 255}:{port}"
+        write_service(place.path("services"), f"many-{number}", [address], listed)
+        urls.append(f"http://{address}/")
+    return urls
+
+
+def remove_services(place):
+    for name in os.listdir(place.path("services")):
+        if name.startswith("many-"):
+            os.unlink(place.path("services", name))
+
+
 def envoy_sides(place, between):
     """Two Envoys as a mesh would configure them; `between` is what they speak: http1 or http2."""
     certificates = envoy.make_certificates(place.folder, identity)
@@ -210,7 +234,14 @@ def input_rules(spared):
 
 PLANS = {
     "direct": Plan("direct", about="no proxy"),
-    "weft": Plan("weft", dial="service", setup=weft, services=True, about="HTTP/2 between, one worker"),
+    "weft": Plan(
+        "weft",
+        dial="service",
+        setup=weft,
+        about="HTTP/2 between, one worker",
+        add_services=add_services,
+        remove_services=remove_services,
+    ),
     "envoy": Plan(
         "envoy", dial="service", setup=lambda place: envoy_sides(place, "http2"), about="HTTP/2 between, one worker"
     ),

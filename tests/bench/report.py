@@ -1,7 +1,10 @@
-"""What a person and a program get to see: JSON, a Markdown table, the bars of the project and how far each is."""
+"""What a person and a program get to see: JSON, Markdown tables, the bars of the project and how far each is."""
 
 import json
 import os
+
+import bars
+import plot
 
 # always in the JSON, whether or not a case has them
 ALWAYS = (
@@ -9,27 +12,33 @@ ALWAYS = (
     "rss_mb_idle", "rss_mb_load", "ready_ms", "steal_percent",
 )  # fmt: skip
 
-BRIEF = (
-    ("requests_per_second", "{:.0f}/s"),
-    ("p50_us", "p50 {:.0f} µs"),
-    ("p99_us", "p99 {:.0f} µs"),
-    ("cpu_us_per_request", "cpu {:.1f} µs"),
-    ("rss_mb_load", "{:.1f} MB"),
-    ("steal_percent", "steal {:.0f} %"),
-    ("foreign_percent", "foreign {:.0f} %"),
+# name, title in the table, how it is written, what follows it in a line of progress
+FIGURES = (
+    ("ready_ms", "ready ms", "{:,.1f}", "ms"),
+    ("rss_mb_idle", "MB idle", "{:,.1f}", "MB idle"),
+    ("requests_per_second", "per second", "{:,.0f}", "/s"),
+    ("mb_per_second", "MB/s", "{:,.0f}", "MB/s"),
+    ("p50_us", "p50 µs", "{:,.0f}", "µs p50"),
+    ("p99_us", "p99 µs", "{:,.0f}", "µs p99"),
+    ("p999_us", "p99.9 µs", "{:,.0f}", None),
+    ("p50_us_without", "p50 µs without", "{:,.0f}", None),
+    ("p99_us_without", "p99 µs without", "{:,.0f}", "µs p99 without"),
+    ("cpu_us_per_request", "CPU µs each, both proxies", "{:,.1f}", "µs CPU"),
+    ("cpu_ns_per_byte", "CPU ns per byte, both proxies", "{:,.2f}", "ns CPU per byte"),
+    ("system_calls_per_request", "system calls each, per proxy", "{:,.1f}", "system calls"),
+    ("allocations_per_request", "allocations each, per proxy", "{:,.1f}", "allocations"),
+    ("held", "connections held", "{:,.0f}", "held"),
+    ("kb_per_connection_client", "KB each, client's proxy", "{:,.1f}", "KB client"),
+    ("kb_per_connection_server", "KB each, server's proxy", "{:,.1f}", "KB server"),
+    ("rss_mb_known", "MB known", "{:,.1f}", "MB known"),
+    ("rss_mb_dialled", "MB dialled", "{:,.1f}", "MB dialled"),
+    ("connections_between", "connections between", "{:,.0f}", "connections"),
+    ("rss_mb_load", "MB load", "{:,.1f}", "MB"),
+    ("steal_percent", "steal %", "{:.0f}", "% steal"),
+    ("foreign_percent", "foreign %", "{:.0f}", "% foreign"),
+    ("errors", "errors", "{:.0f}", None),
 )
-
-COLUMNS = (
-    ("requests_per_second", "requests/s", "{:,.0f}"),
-    ("p50_us", "p50 µs", "{:,.0f}"),
-    ("p99_us", "p99 µs", "{:,.0f}"),
-    ("cpu_us_per_request", "CPU µs per request, both proxies", "{:,.1f}"),
-    ("rss_mb_idle", "MB idle", "{:,.1f}"),
-    ("rss_mb_load", "MB load", "{:,.1f}"),
-    ("steal_percent", "steal %", "{:.0f}"),
-    ("foreign_percent", "foreign %", "{:.0f}"),
-    ("errors", "errors", "{:.0f}"),
-)
+NO_SPREAD = {"steal_percent", "foreign_percent", "errors", "held"}
 
 
 def write(results, arguments):
@@ -39,6 +48,8 @@ def write(results, arguments):
         save(arguments.markdown, text + "\n")
     if arguments.json:
         save(arguments.json, json.dumps(results["rows"], indent=1) + "\n")
+    if arguments.plot:
+        save(arguments.plot, plot.draw(results["rows"], list(results["peers"])))
 
 
 def save(path, text):
@@ -46,25 +57,65 @@ def save(path, text):
         file.write(text)
 
 
+def brief(sample):
+    """A sample in one line of progress."""
+    words = []
+    for name, _, text, unit in FIGURES:
+        if unit and sample.get(name) is not None:
+            words.append(f"{text.format(sample[name])}{'' if unit.startswith('/') else ' '}{unit}")
+    if sample.get("errors"):
+        words.append(f"{sample['errors']:.0f} ERRORS ({sample.get('first_error') or 'see the log'})")
+    return "  ".join(words)
+
+
 def markdown(results):
-    lines = [f"Measured {results['when']} on {machine()}, {results['seconds']} s. Median of the rounds (lowest to highest)."]
+    lines = [
+        f"Measured {results['when']} on {machine()}: {results['rounds']} rounds of {results['length']} s, "
+        f"{results['seconds']} s in all. Medians (lowest–highest).",
+        "",
+    ]
+    lines += [f"- {name}: {about}" for name, about in results["peers"].items()]
+    lines += bars.table(results["rows"])
     for case in results["cases"]:
         rows = [row for row in results["rows"] if row["case"] == case.name]
-        columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
-        lines += ["", f"**{case.title}**", ""]
-        lines.append("| | " + " | ".join(title for _, title, _ in columns) + " |")
-        lines.append("|---|" + "---:|" * len(columns))
-        for row in rows:
-            lines.append(f"| {row['peer']} | " + " | ".join(cell(row, *column) for column in columns) + " |")
+        lines += case_table(case.title, rows, only_own(case.name)) if rows else []
     return "\n".join(lines)
 
 
-def cell(row, name, _title, text):
+def only_own(name):
+    """Figures that another case has measured stand in its table only."""
+    hidden = set()
+    if name != "start":
+        hidden |= {"ready_ms", "rss_mb_idle"}
+    if name != "counts":
+        hidden |= {"allocations_per_request", "system_calls_per_request"}
+    return hidden
+
+
+def case_table(title, rows, hidden):
+    shown = [f for f in FIGURES if f[0] not in hidden and any(row.get(f[0]) is not None for row in rows)]
+    if not any(row.get("errors") for row in rows):
+        shown = [figure for figure in shown if figure[0] != "errors"]
+    lines = ["", f"### {title}", ""]
+    lines.append("| | " + " | ".join(figure[1] for figure in shown) + " |")
+    lines.append("|---|" + "---:|" * len(shown))
+    for row in rows:
+        lines.append(f"| {row['peer']} | " + " | ".join(cell(row, *figure) for figure in shown) + " |")
+    for row in rows:
+        for name in ("no_system_calls", "no_allocations"):
+            if row.get(name):
+                lines += ["", f"{row['peer']}: {name[3:].replace('_', ' ')} are not counted: {row[name]}."]
+        if row.get("errors") and row.get("first_error"):
+            lines += ["", f"{row['peer']}: the first error was: {row['first_error']}."]
+    return lines
+
+
+def cell(row, name, _title, text, _unit):
     value = row.get(name)
     if value is None:
         return "–"
     shown, ends = text.format(value), row["spread"].get(name)
-    if ends and row["rounds"] > 1 and ends[0] != ends[1] and name not in ("steal_percent", "foreign_percent", "errors"):
+    if ends and row["rounds"] > 1 and ends[0] != ends[1] and name not in NO_SPREAD:
         return f"{shown} ({text.format(ends[0])}–{text.format(ends[1])})"
     return shown
 
