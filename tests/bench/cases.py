@@ -276,9 +276,9 @@ def idle_connections(peer, run):
     sample = {"held": held, "wanted": count, "rss_mb_load": max(after), "p50_us": result["p50_us"], **span.end()}
     for end, first, last in zip(("client", "server"), before, after):
         sample[f"kb_per_connection_{end}"] = (last - first) * 1024 / max(1, held)
-    sample["errors"] = count - held
-    if held < count:
-        sample["first_error"] = said
+    sample["errors"] = count - held + result["errors"]
+    if sample["errors"]:
+        sample["first_error"] = f"{said}; {result['errors']} of {result['requests']} others were refused"
     return sample
 
 
@@ -300,10 +300,7 @@ def stalled(peer, run):
 def services(peer, _run):
     """Memory with many services known, and again when every endpoint was dialled."""
     place = peer.place
-    network = f"10.{200 + place.number}"
-    with contextlib.suppress(Failed):
-        place.server.run(["ip", "route", "add", "local", f"{network}.0.0/16", "dev", "lo"])
-    urls = peer.plan.add_services(place, network, SERVICES, ENDPOINTS)
+    urls = peer.plan.add_services(place, SERVICES, ENDPOINTS)
     peer.restart()
     try:
         known = max(process.rss_mb() for process in peer.proxies[:1])

@@ -102,7 +102,7 @@ def allocations(processes):
                 yield count
         finally:
             for event in events.values():
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(Unavailable):
                     append("uprobe_events", f"-:{event}")
 
 
@@ -120,8 +120,12 @@ def counters(wanted):
 
 def append(name, line):
     try:
-        with open(f"{TRACING}/{name}", "a") as file:
-            file.write(line + "\n")
+        # Python's own "a" seeks, which these files refuse
+        file = os.open(f"{TRACING}/{name}", os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(file, line.encode() + b"\n")
+        finally:
+            os.close(file)
     except OSError as error:
         raise Unavailable(f"{name} refused `{line}`: {error.strerror}") from error
 

@@ -30,7 +30,9 @@ def main():
         machine = Machine(signals)
         results = measure(machine, plans, cases, arguments)
         report.write(results, arguments)
-        return 0
+        for failure in results["failed"]:
+            say(f"failed: {failure}")
+        return 1 if results["failed"] else 0
     except Failed as failure:
         say(f"failed: {failure}")
         return 1
@@ -102,17 +104,21 @@ def measure(machine, plans, cases, arguments):
         peers[-1].start()
     run = Run(arguments.seconds, arguments.quick)
     run.peers = peers
-    begun, samples = time.monotonic(), {}
+    begun, samples, failed = time.monotonic(), {}, []
     for number, case in enumerate(cases, start=1):
         rounds = min(case.rounds, arguments.rounds) or arguments.rounds
         for turn in range(rounds):
             # each peer comes first in some round
             first = turn % len(peers)
             for peer in [peer for peer in peers[first:] + peers[:first] if case.wants(peer)]:
-                if not case.own_start:
-                    peer.restart()
-                sample = case.measure(peer, run)
-                run.note(case, peer, sample)
+                try:
+                    if not case.own_start:
+                        peer.restart()
+                    sample = case.measure(peer, run)
+                    run.note(case, peer, sample)
+                except Failed as failure:
+                    sample = {"errors": 1, "first_error": str(failure)}
+                    failed.append(f"{case.name}, {peer.name}: {failure}")
                 samples.setdefault((case.name, peer.name), []).append(sample)
                 where = f"{number}/{len(cases)} {turn + 1}/{rounds}"
                 say(f"{where:10}{case.name:14}{peer.name:12}{report.brief(sample)}")
@@ -132,6 +138,7 @@ def measure(machine, plans, cases, arguments):
         "length": arguments.seconds,
         "peers": {peer.name: peer.plan.about for peer in peers},
         "spans": traced,
+        "failed": failed,
         "cases": cases,
         "rows": rows,
     }

@@ -19,6 +19,7 @@ USER = 1337  # of every proxy: what it sends is not redirected
 APP_PORTS = {"http1": 8080, "http2": 8081, "grpc": 8082, "tcp": 8083}
 OTLP_PORT = 4318
 AUTHORITY_PORT = 15080
+MANY_PORTS = 20_000  # and above: endpoints of the case `services`
 SETTLE = 0.3  # seconds between ready and the first measurement
 SAMPLED = 0.01  # share of the requests that are traced
 
@@ -180,16 +181,19 @@ def write_service(folder, name, addresses, endpoints):
     os.rename(hidden, os.path.join(folder, f"{name}.yaml"))
 
 
-def add_services(place, network, count, endpoints):
-    """Service files with addresses of their own, whose endpoints all lead to the same app. Gives a URL for each."""
+def add_services(place, count, endpoints):
+    """Service files with addresses of their own and endpoints on ports of their own, which all lead to the same app.
+    Gives a URL for each."""
+    address, last = place.server.address, MANY_PORTS + count * endpoints - 1
+    rule = ["OUTPUT", "-p", "tcp", "-d", address, "--dport", f"{MANY_PORTS}:{last}", "-j", "REDIRECT"]
+    place.server.run(["iptables", "-w", "-t", "nat", "-I", *rule, "--to-ports", str(APP_PORTS["http1"])])
     urls = []
     for number in range(count):
-        first = number * endpoints
-        port = APP_PORTS["http1"]
-        listed = [f"{network}.{at >> 8}.{at & 255}:{port}" for at in range(first, first + endpoints)]
-        address = f"10.230.{number >> 8}.{number & 255}:{port}"
-        write_service(place.path("services"), f"many-{number}", [address], listed)
-        urls.append(f"http://{address}/")
+        first = MANY_PORTS + number * endpoints
+        listed = [f"{address}:{port}" for port in range(first, first + endpoints)]
+        own = f"10.230.{number >> 8}.{number & 255}:80"
+        write_service(place.path("services"), f"many-{number}", [own], listed)
+        urls.append(f"http://{own}/")
     return urls
 
 

@@ -25,13 +25,15 @@ use tokio::{
     net::TcpStream,
     sync::Semaphore,
     task::spawn_local,
-    time::{Instant, sleep, timeout_at},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 
 use crate::tally::Tally;
 
 /// Longest wait for what is still under way when the time is over.
 const LINGER: Duration = Duration::from_secs(10);
+/// Longest wait for the first answer on a connection.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Connections that are opened at a time.
 const AT_A_TIME: usize = 16;
 
@@ -69,13 +71,24 @@ pub async fn at_rate(url: &str, connections: usize, rate: f64, seconds: u64) -> 
     ensure!(rate > 0.0 && connections > 0, "rate and connections must be more than 0");
     let interval = Duration::from_secs_f64(1.0 / rate);
     let count = (rate * seconds as f64) as u32;
-    let mut senders = Vec::new();
-    for _ in 0..connections {
+    let tally = Tally::shared();
+    let open = async || {
         let mut sender = dial(&url).await?;
         ask(&mut sender, &url).await?;
-        senders.push(sender);
+        anyhow::Ok(sender)
+    };
+    let mut senders = Vec::new();
+    for opened in join_all((0..connections).map(|_| timeout(PATIENCE, open()))).await {
+        match opened.context("the first request was not answered").flatten() {
+            Ok(sender) => senders.push(sender),
+            Err(error) => tally.bad(&error),
+        }
     }
-    let (tally, due, next) = (Tally::shared(), Rc::new(Semaphore::new(0)), Rc::new(Cell::new(0)));
+    if senders.is_empty() {
+        tally.print(Instant::now());
+        return Ok(());
+    }
+    let (due, next) = (Rc::new(Semaphore::new(0)), Rc::new(Cell::new(0)));
     // tokio's own timer counts milliseconds: too coarse here
     let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK)?;
     let begin = Instant::now();

@@ -41,7 +41,7 @@ impl Tally {
 
     /// One JSON object on standard output.
     pub fn print(&self, since: Instant) {
-        let seconds = since.elapsed().as_secs_f64();
+        let seconds = since.elapsed().as_secs_f64().max(1e-6);
         let mut latencies = self.latencies.take();
         latencies.sort_unstable();
         let at = |share: f64| {
