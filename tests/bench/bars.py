@@ -32,11 +32,11 @@ class Bar:
 
     def write(self, value):
         ratio = f" × {self.against}" if self.against else ""
-        return f"{value:.2f}{ratio}" if self.against else f"{value:.1f}{self.unit}"
+        return f"{value:.2f}{ratio}" if self.against else f"{round(value, 1):,g}{self.unit}"
 
     def written_limit(self):
         sign = "≥" if self.at_least else "≤"
-        return f"{sign} {self.limit:g}{f' × {self.against}' if self.against else self.unit}"
+        return f"{sign} {self.limit:,g}{f' × {self.against}' if self.against else self.unit}"
 
 
 CPU, ALLOCATIONS = "cpu_us_per_request", "allocations_per_request"
@@ -74,5 +74,7 @@ def table(rows):
     lines = ["", "### Weft against its bars", "", "| | bar | reached | |", "|---|---:|---:|---|"]
     for bar, value in judged:
         verdict = "met" if bar.is_met(value) else f"**missed by {bar.missed_by(value):.0f} %**"
+        if bar.figure == "held" and value == figure(rows, "weft", "idle", "wanted") < bar.limit:
+            verdict = "all that were tried: this machine grants no more descriptors"
         lines.append(f"| {bar.title} | {bar.written_limit()} | {bar.write(value)} | {verdict} |")
     return lines

@@ -11,7 +11,7 @@ import time
 import apps
 import report
 from cases import CASES, Run
-from machine import Asked, Failed, Machine, Signals
+from machine import Asked, Failed, Machine, Signals, Span
 from peers import PLANS, Peer, Place, read_plans
 
 DEFAULT_PEERS = ["direct", "weft", "envoy"]
@@ -55,6 +55,7 @@ def parse():
     parser.add_argument("--json")
     parser.add_argument("--markdown")
     parser.add_argument("--plot")
+    parser.add_argument("--publish", action="store_true")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--binaries", default="")
     parser.add_argument("--envoy", default="")
@@ -110,11 +111,13 @@ def measure(machine, plans, cases, arguments):
         for turn in range(rounds):
             # each peer comes first in some round
             first = turn % len(peers)
-            for peer in [peer for peer in peers[first:] + peers[:first] if case.wants(peer)]:
+            for peer in [peer for peer in peers[first:] + peers[:first] if peer.takes_part(case)]:
                 try:
                     if not case.own_start:
                         peer.restart()
+                    span = Span(machine.processes)
                     sample = case.measure(peer, run)
+                    sample = {**span.end(), **sample}
                     run.note(case, peer, sample)
                 except Failed as failure:
                     sample = {"errors": 1, "first_error": str(failure)}

@@ -44,6 +44,7 @@ class Plan:
     about: str = ""
     add_services: object = None  # tells it of many services; gives a URL for each
     remove_services: object = None
+    cases: list = None  # beginnings of the names of cases that it takes part in; all, if none are given
 
 
 class Place:
@@ -113,6 +114,11 @@ class Peer:
         self.start()
         time.sleep(SETTLE if self.proxies else 0)
 
+    def takes_part(self, case):
+        if self.plan.cases and not any(case.name.startswith(name) for name in self.plan.cases):
+            return False
+        return bool(case.wants(self))
+
     def check(self):
         for process in self.apps + self.proxies:
             process.check()
@@ -121,7 +127,7 @@ class Peer:
 # --- the two that are always there ------------------------------------------------------------------------------
 
 
-def weft(place):
+def weft(place, sampled=SAMPLED):
     """With all that a user has by default: detection, metrics, log of failures, tracing of 1 %, retries, breakers."""
     sidecar, ca = place.tools["weft-sidecar"], place.tools["weft-ca"]
     made = run([ca, "init", "--dir", place.path("ca"), "--trust-domain", "bench", "--json"])
@@ -146,7 +152,9 @@ def weft(place):
         write_service(place.path("services"), app, [f"{place.service}:{port}"], [f"{address}:{port}"])
     environment = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{address}:{OTLP_PORT}",
-        "OTEL_TRACES_SAMPLER_ARG": str(SAMPLED),
+        "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
+        "OTEL_TRACES_SAMPLER_ARG": str(sampled),
+        "OTEL_TRACES_EXPORTER": "otlp" if sampled else "none",
     }
 
     def side(name, namespace):
@@ -236,31 +244,33 @@ def input_rules(spared):
     return [f"{nat} --dport {port} -j RETURN" for port in spared] + [f"{nat} ! -i lo -j REDIRECT --to-ports 15006"]
 
 
+def plan_of_weft(name, sampled, about):
+    setup = lambda place: weft(place, sampled)  # noqa: E731
+    return Plan(name, "service", setup, about, add_services, remove_services)
+
+
+def plan_of_envoy(name, between, about):
+    return Plan(name, "service", lambda place: envoy_sides(place, between), about)
+
+
 PLANS = {
-    "direct": Plan("direct", about="no proxy"),
-    "weft": Plan(
-        "weft",
-        dial="service",
-        setup=weft,
-        about="HTTP/2 between, one worker",
-        add_services=add_services,
-        remove_services=remove_services,
-    ),
-    "envoy": Plan(
-        "envoy", dial="service", setup=lambda place: envoy_sides(place, "http2"), about="HTTP/2 between, one worker"
-    ),
-    "envoy-http1": Plan(
-        "envoy-http1",
-        dial="service",
-        setup=lambda place: envoy_sides(place, "http1"),
-        about="HTTP/1 between, one worker",
-    ),
+    plan.name: plan
+    for plan in (
+        Plan("direct", about="no proxy, no redirect"),
+        plan_of_weft("weft", SAMPLED, "HTTP/2 between, one worker, defaults, 1 % of requests traced"),
+        plan_of_envoy("envoy", "http2", "HTTP/2 between, one worker, 1 % of requests traced"),
+        plan_of_envoy("envoy-http1", "http1", "HTTP/1 between, one worker, 1 % of requests traced"),
+        plan_of_weft("weft-untraced", 0, "as weft, nothing traced"),
+        plan_of_weft("weft-traced", 1, "as weft, every request traced"),
+    )
 }
 
 
 # --- peers of a file --------------------------------------------------------------------------------------------
 
-KEYS = {"name", "client", "server", "client_rules", "server_rules", "setup", "dial", "ready", "environment"}
+TEXTS = {"name", "client", "server", "ready", "setup", "dial"}
+LISTS = {"client_rules", "server_rules", "cases"}
+KEYS = TEXTS | LISTS | {"environment"}
 
 
 def read_plans(path):
@@ -280,14 +290,16 @@ def plan_of(path, number, entry):
     unknown = set(entry) - KEYS
     if unknown:
         raise Failed(f"{where}: unknown key `{min(unknown)}`; known are {', '.join(sorted(KEYS))}")
+    for key in sorted(KEYS & set(entry)):
+        kind, word = (str, "text") if key in TEXTS else (list, "a list of texts") if key in LISTS else (dict, "a table")
+        good = isinstance(entry[key], kind) and (kind is not list or all(isinstance(line, str) for line in entry[key]))
+        if not good:
+            raise Failed(f"{where}: `{key}` must be {word}")
     for key in ("name", "client", "server", "ready"):
-        if not isinstance(entry.get(key), str) or not entry[key]:
-            raise Failed(f"{where}: `{key}` is missing or no text")
+        if not entry.get(key):
+            raise Failed(f"{where}: `{key}` is missing")
     if not re.fullmatch(r"[a-z0-9-]{1,20}", entry["name"]) or entry["name"] in PLANS:
         raise Failed(f"{where}: `name` must be of a-z, 0-9 and -, at most 20 long, and none of {', '.join(PLANS)}")
-    for key in ("client_rules", "server_rules"):
-        if not isinstance(entry.get(key, []), list):
-            raise Failed(f"{where}: `{key}` must be a list of shell lines")
     if entry.get("dial", "server") not in ("server", "service"):
         raise Failed(f"{where}: `dial` must be `server` or `service`")
     ready = re.fullmatch(r":(\d+)(/\S*)", entry["ready"])
@@ -316,4 +328,5 @@ def plan_of(path, number, entry):
             for end in ("client", "server")
         ]
 
-    return Plan(entry["name"], dial=entry.get("dial", "server"), setup=setup, about=f"from {os.path.basename(path)}")
+    about = f"from {os.path.basename(path)}"
+    return Plan(entry["name"], entry.get("dial", "server"), setup, about, cases=entry.get("cases"))

@@ -41,12 +41,14 @@ BAR, BAR_STEP, GROUP_LABEL, GROUP_GAP, TITLE = 12, 15, 17, 9, 30
 NAME, VALUE = 78, 60  # room for the name of a peer, and for a figure behind its bar
 
 STYLE = """
-svg { --ground: #ffffff; --text: #1f2328; --quiet: #59636e; --line: #d1d9e0; }
-@media (prefers-color-scheme: dark) { svg { --ground: #0d1117; --text: #f0f6fc; --quiet: #9198a1; --line: #3d444d; } }
-.ground { fill: var(--ground); } .line { stroke: var(--line); } .range { stroke: var(--text); stroke-opacity: 0.55; }
-text { font-family: system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; fill: var(--text); }
-.title { font-size: 15px; font-weight: 600; } .head { font-size: 19px; font-weight: 600; }
-.quiet { fill: var(--quiet); font-size: 12px; } .value { font-size: 12px; }
+.ground { fill: #ffffff; } .line { stroke: #d1d9e0; } .range { stroke: #1f2328; stroke-opacity: 0.6; }
+text { font-family: "DejaVu Sans", Verdana, sans-serif; fill: #1f2328; }
+.title { font-size: 14px; font-weight: bold; } .head { font-size: 18px; font-weight: bold; }
+.quiet { fill: #59636e; font-size: 11px; } .value { font-size: 11px; }
+@media (prefers-color-scheme: dark) {
+.ground { fill: #0d1117; } .line { stroke: #3d444d; } .range { stroke: #f0f6fc; }
+text { fill: #f0f6fc; } .quiet { fill: #9198a1; }
+}
 """
 
 

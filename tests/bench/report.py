@@ -38,6 +38,8 @@ FIGURES = (
     ("foreign_percent", "foreign %", "{:.0f}", "% foreign"),
     ("errors", "errors", "{:.0f}", None),
 )
+DOCS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "docs")
+MARKS = ("<!-- figures: written by tests/bench/run --publish -->", "<!-- end of the figures -->")
 NO_SPREAD = {"steal_percent", "foreign_percent", "errors", "held"}
 
 
@@ -50,6 +52,18 @@ def write(results, arguments):
         save(arguments.json, json.dumps(results["rows"], indent=1) + "\n")
     if arguments.plot:
         save(arguments.plot, plot.draw(results["rows"], list(results["peers"])))
+    if arguments.publish:
+        save(os.path.join(DOCS, "benchmarks.svg"), plot.draw(results["rows"], list(results["peers"])))
+        publish(os.path.join(DOCS, "benchmarks.md"), text)
+
+
+def publish(path, text):
+    """Puts the figures between the two marks of the page."""
+    with open(path) as file:
+        page = file.read()
+    before, rest = page.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    save(path, f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
 
 
 def save(path, text):
@@ -74,7 +88,9 @@ def markdown(results):
         f"{results['seconds']} s in all. Medians (lowest–highest).",
         "",
     ]
-    lines += [f"- {name}: {about}" for name, about in results["peers"].items()]
+    for name, about in results["peers"].items():
+        got = results["spans"].get(name)
+        lines.append(f"- {name}: {about}{f'; the receiver of traces got {got:,} spans' if got else ''}")
     lines += bars.table(results["rows"])
     for case in results["cases"]:
         rows = [row for row in results["rows"] if row["case"] == case.name]
