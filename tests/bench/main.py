@@ -45,7 +45,7 @@ def main():
 
 
 def parse():
-    parser = argparse.ArgumentParser(prog="tests/bench/run", add_help=False)
+    parser = argparse.ArgumentParser(prog="tests/bench/run", usage="tests/bench/run --help shows the options", add_help=False)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--case", action="append", default=[])
     parser.add_argument("--rounds", type=whole)
