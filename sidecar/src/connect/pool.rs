@@ -76,8 +76,9 @@ const SEND_BUFFER: usize = 128 * 1024;
 const HTTP1_BUFFER: usize = 128 * 1024;
 /// Connections to one key; past it a call is refused rather than queued without bound.
 const CONNECTIONS_PER_KEY: usize = 256;
-/// Idle HTTP/1 connections kept per key.
-const IDLE_PER_KEY: usize = 64;
+/// Idle HTTP/1 connections kept per key: as many as an app under load has had at a time, or each burst of calls dials
+/// anew. The youngest are used first, so those that are too many grow old and are closed.
+const IDLE_PER_KEY: usize = 1024;
 /// An idle connection is closed after this long.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// A silent HTTP/2 peer with open streams is asked whether it lives after this long.
