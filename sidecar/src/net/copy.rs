@@ -1,16 +1,17 @@
 //! Copies bytes both ways between two streams, each half closed by itself.
 
-use std::io;
+use std::{future::poll_fn, io, pin::Pin, task::Poll};
 
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, split};
 
 use super::{
     Stream,
     socket::{close_cleanly, reset},
 };
 
-/// Bytes on the way at a time and direction.
+/// Bytes on the way at a time and direction: at first, and once a direction has filled that.
 const BUFFER: usize = 16 * 1024;
+const BULK: usize = 64 * 1024;
 
 /// How many bytes went each way.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -52,12 +53,43 @@ async fn copy_one_way(
 ) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER];
     loop {
-        let read = from.read(&mut buffer).await?;
+        let (read, broke) = read_what_is_there(from, &mut buffer).await;
+        if read > 0 {
+            to.write_all(&buffer[..read]).await?;
+            to.flush().await?;
+            *count += read as u64;
+        }
+        // A reset is told once; a read after it would look like a clean end.
+        broke?;
         if read == 0 {
             return to.shutdown().await;
         }
-        to.write_all(&buffer[..read]).await?;
-        to.flush().await?;
-        *count += read as u64;
+        if read == BUFFER && buffer.len() == BUFFER {
+            buffer = vec![0; BULK];
+        }
     }
+}
+
+/// Waits for the first bytes, and takes what else is there: TLS gives a record at a time, and one large write costs
+/// less than several small ones. 0 at the end. An error may come with bytes before it.
+async fn read_what_is_there(
+    from: &mut (impl AsyncRead + Unpin),
+    buffer: &mut [u8],
+) -> (usize, io::Result<()>) {
+    let mut buffer = ReadBuf::new(buffer);
+    poll_fn(|context| {
+        while buffer.remaining() > 0 {
+            let before = buffer.filled().len();
+            match Pin::new(&mut *from).poll_read(context, &mut buffer) {
+                Poll::Pending if before == 0 => return Poll::Pending,
+                Poll::Ready(Err(error)) => return Poll::Ready((before, Err(error))),
+                // The end of the stream is met again at the next read.
+                Poll::Pending => break,
+                Poll::Ready(Ok(())) if buffer.filled().len() == before => break,
+                Poll::Ready(Ok(())) => {}
+            }
+        }
+        Poll::Ready((buffer.filled().len(), Ok(())))
+    })
+    .await
 }
