@@ -93,7 +93,9 @@ impl Reading<'_> {
     }
 
     fn put_back(&mut self) -> Bytes {
-        let bytes = self.buffer.split().freeze();
+        // A copy: the buffer has room for a ClientHello, and would be kept as long as the connection.
+        let bytes = Bytes::copy_from_slice(&self.buffer);
+        self.buffer.clear();
         self.stream.unread(bytes.clone());
         bytes
     }

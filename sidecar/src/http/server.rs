@@ -130,7 +130,8 @@ where
         if let Some(half_close) = &half_close {
             half_close.request_came();
         }
-        answer(request)
+        // Boxed, or hyper would keep room for it while the connection is idle.
+        Box::pin(answer(request))
     });
     let mut connection =
         std::pin::pin!(builder.serve_connection(TokioIo::new(stream), service).with_upgrades());

@@ -114,6 +114,9 @@ impl Stream {
             let count = self.ahead.len().min(buffer.remaining());
             buffer.put_slice(&self.ahead[..count]);
             self.ahead.advance(count);
+            if self.ahead.is_empty() {
+                self.ahead = Bytes::new();
+            }
             return Poll::Ready(Ok(()));
         }
         match &mut self.io {
