@@ -2,12 +2,14 @@
 //! A test begins with [`can_run`]; then it makes a [`Network`] and pods in it; everything ends when it is dropped,
 //! after a panic too. Traffic stays inside those namespaces.
 
+mod consul;
 mod forge;
 mod mesh;
 mod network;
 mod process;
 mod program;
 
+pub use consul::Consul;
 pub use forge::{Forged, Forger};
 pub use mesh::{Mesh, Sidecar, TRUST_DOMAIN, identity};
 pub use network::{Netns, Network, Pod};
