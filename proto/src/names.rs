@@ -21,6 +21,10 @@ pub const SIDECAR_UID: u32 = 1337;
 /// Every variable that configures the sidecar begins with this; none reaches the app.
 pub const ENV_PREFIX: &str = "WEFT_";
 
+/// Variables of other programs with which the sidecar proves itself; none reaches the app either.
+pub const CREDENTIAL_VARIABLES: [&str; 3] =
+    ["CONSUL_HTTP_TOKEN", "CONSUL_HTTP_TOKEN_FILE", "CONSUL_CLIENT_KEY"];
+
 /// Every header of ours begins with this. Believed only from a verified peer.
 pub const HEADER_PREFIX: &str = "x-weft-";
 /// The label of the failure, on an answer that the mesh made itself.
@@ -38,3 +42,16 @@ pub const ALPN_HTTP2: &[u8] = b"weft-h2";
 pub const ALPN_HTTP1: &[u8] = b"weft-h1";
 /// TLS between sidecars, the app's own bytes inside.
 pub const ALPN_TCP: &[u8] = b"weft-tcp";
+
+/// In the registry's metadata of an instance: the SPIFFE ids that a client may meet there, separated by commas.
+pub const META_IDENTITY: &str = "weft-identity";
+/// What the instance speaks: `http1`, `http2`, `grpc`, `tls`, `tcp`.
+pub const META_PROTOCOL: &str = "weft-protocol";
+/// Its failure zone.
+pub const META_ZONE: &str = "weft-zone";
+/// The version of the app.
+pub const META_VERSION: &str = "weft-version";
+/// Its namespace, as it is in the service's name.
+pub const META_NAMESPACE: &str = "weft-namespace";
+/// Where policy documents stand in the registry's key-value store; the service's name follows.
+pub const POLICIES_PREFIX: &str = "weft/policies/";

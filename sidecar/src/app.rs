@@ -19,7 +19,7 @@ use crate::{
     admin::{self, Condition, Readiness},
     config::Config,
     connect::Dialer,
-    discovery::{Directory, VirtualAddresses, policies::Policies},
+    discovery::{Asked, Directory, Registry, VirtualAddresses, consul, policies::Policies},
     drain::{Drain, Draining},
     identity,
     outbound::Upstreams,
@@ -72,6 +72,9 @@ struct Shared {
     credentials: watch::Receiver<Option<Arc<Credentials>>>,
     identity_status: watch::Receiver<identity::Status>,
     directory: watch::Receiver<Arc<Directory>>,
+    /// Where services are asked for by name.
+    registry: Arc<Registry>,
+    registry_status: watch::Receiver<consul::Status>,
     virtual_addresses: Arc<VirtualAddresses>,
     upstreams: Arc<Upstreams>,
     /// How the app is reached.
@@ -85,6 +88,9 @@ struct Senders {
     identity_status: watch::Sender<identity::Status>,
     directory: watch::Sender<Arc<Directory>>,
     policies: watch::Sender<Arc<Policies>>,
+    registry_status: watch::Sender<consul::Status>,
+    /// The registry with what it is asked for, where there is one.
+    registry: Option<(Arc<consul::Client>, Asked)>,
 }
 
 /// The groups that finish one after the other.

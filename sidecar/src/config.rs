@@ -2,6 +2,7 @@
 //! once with its place. As used: [`Config`], checked, no option left open. Traffic policy is not here: it changes
 //! at run time, and comes from the stores.
 
+mod consul;
 pub mod document;
 mod keys;
 pub mod policy_document;
@@ -9,6 +10,7 @@ mod reader;
 mod used;
 mod written;
 
+pub use consul::{Consul, ConsulAddress, ConsulTls, ConsulToken, Probe, ProbeKind};
 pub use keys::{KEYS, Key, arguments};
 pub use used::{
     AccessLogMode, App, Authority, Config, DrainTimes, Limits, Mode, OwnService, Pin, Ports, Stores, Upstream,

@@ -1,7 +1,9 @@
-//! Who is where. Sources (files now) publish an immutable [`Directory`] of services; `virtual_addresses` gives
-//! services addresses that apps can dial, and `dns` hands them out. Where a destination leads is decided by its
-//! address alone, never by what the app says inside the connection.
+//! Who is where. Sources (files, Consul) publish an immutable [`Directory`] of services; one that must be asked by
+//! name is asked through [`Registry`]. `virtual_addresses` gives services addresses that apps can dial, and `dns`
+//! hands them out. Where a destination leads is decided by its address alone, never by what the app says inside
+//! the connection.
 
+pub mod consul;
 mod directory;
 pub mod dns;
 pub mod file;
@@ -9,9 +11,11 @@ mod files;
 mod folder;
 pub mod policies;
 pub mod publish;
+mod registry;
 mod service_document;
 mod virtual_addresses;
 
 pub use directory::{Destination, Directory};
+pub use registry::{Asked, Interest, Registry};
 pub use service_document::mistakes_in;
 pub use virtual_addresses::{VirtualAddresses, is_virtual};

@@ -9,4 +9,4 @@ mod service;
 pub use failure::{Failed, Failure, Result, Side};
 pub use policy::{Breaker, Budget, MutualTls, Policy, Retries, Timeouts};
 pub use protocol::{HttpVersion, Protocol};
-pub use service::{DEFAULT_WEIGHT, Endpoint, InvalidName, Service, ServiceName};
+pub use service::{DEFAULT_WEIGHT, Endpoint, InvalidName, Registered, Service, ServiceName};

@@ -22,7 +22,7 @@ use crate::{
     config::Mode,
     connect::{self, Connector, Pool},
     detect::{self, FirstToSpeak, Heard},
-    discovery::{Destination, Directory, VirtualAddresses},
+    discovery::{Destination, Directory, Registry, VirtualAddresses},
     drain::Draining,
     http::{self, HttpLimits, Upgrade, Upgraded},
     inbound::Inbound,
@@ -39,6 +39,8 @@ const SILENCE: Duration = Duration::from_millis(20);
 pub struct Outbound {
     /// All known services.
     pub directory: watch::Receiver<Arc<Directory>>,
+    /// Where those are asked for that are not known yet.
+    pub registry: Arc<Registry>,
     /// Which address our DNS gave to which name.
     pub virtual_addresses: Arc<VirtualAddresses>,
     /// Loopback addresses that stand for one service each.
@@ -79,7 +81,7 @@ pub enum Target {
 impl Outbound {
     /// A redirected connection of the app, from its first byte to its end.
     pub async fn connection(self: Arc<Self>, tcp: TcpStream, client: SocketAddr, draining: Draining) {
-        let target = self.meant(&tcp);
+        let target = self.meant(&tcp).await;
         self.run(tcp, client, target, draining).await;
     }
 
@@ -113,23 +115,27 @@ impl Outbound {
     }
 
     /// Whom the address that the app dialled means.
-    fn meant(&self, tcp: &TcpStream) -> Result<Target> {
+    async fn meant(&self, tcp: &TcpStream) -> Result<Target> {
         let local = tcp.local_addr().map_err(|error| client_broke(&error))?;
         let meant = net::original_destination(tcp, local.is_ipv6()).unwrap_or(local);
-        if let Some(service) = self.explicit.get(&meant) {
-            return self.explicit_upstream(service);
+        if let Some(name) = self.explicit.get(&meant) {
+            return Box::pin(self.named(name)).await.map(Target::Service);
         }
         if self.own_ports.contains(&meant.port()) && meant.ip().to_canonical().is_loopback() || meant == local
         {
             return Err(Failed::new(Failure::Loop, format!("{meant} is a port of the sidecar itself")));
         }
-        match self.directory.borrow().lookup(meant, &self.virtual_addresses) {
+        let found = self.directory.borrow().lookup(meant, &self.virtual_addresses);
+        match found {
             Destination::Service(service) => Ok(Target::Service(self.upstreams.get(&service))),
             Destination::Endpoint(service, endpoint) => {
                 Ok(Target::Endpoint(self.upstreams.get(&service), endpoint))
             }
-            Destination::UnknownVirtual(address) => {
-                let detail = format!("{address} stands for no service now; ask DNS again");
+            Destination::Unasked(name) if self.registry.is_there() => {
+                Box::pin(self.named(&name)).await.map(Target::Service)
+            }
+            Destination::Unasked(_) | Destination::UnknownVirtual(_) => {
+                let detail = format!("{} stands for no service now; ask DNS again", meant.ip());
                 Err(Failed::new(Failure::UnknownVirtualAddress, detail))
             }
             Destination::Unknown if self.mode == Mode::AllowAny => Ok(Target::Outside(meant)),
@@ -140,11 +146,23 @@ impl Outbound {
         }
     }
 
-    fn explicit_upstream(&self, name: &ServiceName) -> Result<Target> {
+    /// The service of this name: as it is known, or as the registry has it, which is asked if need be.
+    async fn named(&self, name: &ServiceName) -> Result<Arc<Upstream>> {
         let known = self.directory.borrow().service(name).cloned();
-        known.map(|service| Target::Service(self.upstreams.get(&service))).ok_or_else(|| {
-            let detail = format!("the explicit upstream `{name}` is in no service file or registry");
-            Failed::new(Failure::NoEndpoint, detail)
+        if let Some(service) = known {
+            return Ok(self.upstreams.get(&service));
+        }
+        if let Some(upstream) = self.upstreams.called_before(name) {
+            return Ok(upstream);
+        }
+        if !self.registry.is_there() {
+            let detail = format!("`{name}` is in no service file, and no registry is set");
+            return Err(Failed::new(Failure::NoEndpoint, detail));
+        }
+        let said = self.registry.ask(name).await;
+        said.map(|service| self.upstreams.get(&service)).ok_or_else(|| {
+            let detail = format!("the registry says nothing about `{name}` in time");
+            Failed::new(Failure::RegistryUnavailable, detail)
         })
     }
 

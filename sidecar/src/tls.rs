@@ -9,6 +9,7 @@ mod bundle;
 mod credentials;
 mod handshake;
 mod judge;
+mod registry;
 mod verify;
 
 #[cfg(test)]
@@ -18,4 +19,5 @@ pub use authority::{Anchor, connect_authority};
 pub use bundle::Bundle;
 pub use credentials::Credentials;
 pub use handshake::{Alpn, accept, connect, first_bytes, refused_by_peer};
+pub use registry::{connect_registry, registry_client};
 pub use verify::VerifiedPeer;

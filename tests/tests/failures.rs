@@ -11,6 +11,8 @@ mod calling;
 mod identity;
 #[path = "failures/internal.rs"]
 mod internal;
+#[path = "failures/registry.rs"]
+mod registry;
 
 use std::{collections::BTreeSet, fs, path::Path};
 
@@ -29,6 +31,7 @@ const SHOWN: &[Test] = &[
     identity::NOBODY_OURSELVES,
     arriving::TOO_LONG_IN_FLIGHT,
     internal::A_BUG,
+    registry::WHAT_THE_REGISTRY_HAS_NOT,
 ];
 
 #[test]

@@ -7,7 +7,7 @@ use std::{
     time::SystemTime,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use tokio::{
     net::UnixListener,
     runtime,
@@ -19,7 +19,7 @@ use crate::{
     admin::{Readiness, listen_private},
     config::Config,
     connect::Dialer,
-    discovery::{Directory, VirtualAddresses, policies::Policies},
+    discovery::{Directory, Registry, VirtualAddresses, consul, policies::Policies},
     identity,
     inbound::{Delivery, Meaning},
     model::{Policy, Timeouts},
@@ -80,7 +80,19 @@ impl Parts {
             timeouts: Timeouts { connect: config.connect_timeout, ..Timeouts::default() },
             ..Policy::default()
         };
-        let upstreams = Upstreams::new(directory.clone(), policies, default_policy, telemetry.clone());
+        let (registry_status_sender, registry_status) = watch::channel(consul::Status::default());
+        let (registry, source) = match &config.stores.consul {
+            Some(settings) => {
+                let client = consul::Client::new(settings, telemetry.metrics().clone())
+                    .map_err(|why| anyhow!("Consul cannot be asked: {why}"))?;
+                let (registry, asked) = Registry::new(directory.clone());
+                (registry, Some((client, asked)))
+            }
+            None => (Registry::none(directory.clone()), None),
+        };
+        let registry = Arc::new(registry);
+        let upstreams =
+            Upstreams::new(directory.clone(), policies, registry.clone(), default_policy, telemetry.clone());
         let (drains, drainings) = Drains::new();
         let readiness = Readiness::default();
         let shared = Arc::new(Shared {
@@ -97,6 +109,8 @@ impl Parts {
             credentials,
             identity_status,
             directory,
+            registry,
+            registry_status,
             upstreams,
             app_dialer,
             config,
@@ -106,6 +120,8 @@ impl Parts {
             identity_status: status_sender,
             directory: directory_sender,
             policies: policies_sender,
+            registry_status: registry_status_sender,
+            registry: source,
         };
         Ok(Parts { shared, sockets, command, senders, span_export, drains, drainings })
     }

@@ -15,7 +15,7 @@ use crate::{
     admin::{Public, serve_private, serve_public},
     balance::Condition,
     config::document::Mistake,
-    discovery::{self, dns},
+    discovery::{self, Asked, Directory, consul, dns, file},
     identity,
     telemetry::SpanExport,
 };
@@ -40,31 +40,48 @@ pub(super) fn start_sources(shared: &Arc<Shared>, senders: Senders, span_export:
             tokio::spawn(keep((senders.credentials, senders.identity_status)));
         }
     }
-    let (service_mistakes, told) = watch::channel(Vec::new());
-    tokio::spawn(follow_mistakes(shared.clone(), told));
-    match config.stores.services.clone() {
-        Some(folder) => {
-            let settings = discovery::file::Settings { folder };
-            tokio::spawn(discovery::file::run(settings, senders.directory, service_mistakes));
-        }
-        None => {
-            shared.conditions.discovery.set(true);
-            tokio::spawn(keep(senders.directory));
-        }
-    }
+    let Senders { directory, registry, registry_status, policies, .. } = senders;
+    start_services(shared, directory, registry, registry_status);
     let (policy_mistakes, told) = watch::channel(Vec::new());
     tokio::spawn(follow_mistakes(shared.clone(), told));
     match config.stores.policies.clone() {
         Some(folder) => {
             let settings = discovery::policies::Settings { folder, defaults: default_policy(config) };
-            tokio::spawn(discovery::policies::run(settings, senders.policies, policy_mistakes));
+            tokio::spawn(discovery::policies::run(settings, policies, policy_mistakes));
         }
-        None => drop(tokio::spawn(keep(senders.policies))),
+        None => drop(tokio::spawn(keep(policies))),
     }
     tokio::spawn(shared.upstreams.clone().follow());
     tokio::spawn(count_endpoints(shared.clone()));
     tokio::spawn(follow_identity(shared.clone()));
     tokio::spawn(follow_directory(shared.clone()));
+}
+
+/// Files, and Consul beside them.
+fn start_services(
+    shared: &Arc<Shared>,
+    directory: watch::Sender<Arc<Directory>>,
+    registry: Option<(Arc<consul::Client>, Asked)>,
+    registry_status: watch::Sender<consul::Status>,
+) {
+    let (mistakes, told) = watch::channel(Vec::new());
+    tokio::spawn(follow_mistakes(shared.clone(), told));
+    let into = match registry {
+        Some((client, asked)) => {
+            let (files, found) = watch::channel(Arc::default());
+            let random = fastrand::Rng::new();
+            tokio::spawn(consul::run(client, found, asked, directory, registry_status, random));
+            files
+        }
+        None => directory,
+    };
+    match shared.config.stores.services.clone() {
+        Some(folder) => drop(tokio::spawn(file::run(file::Settings { folder }, into, mistakes))),
+        None => {
+            shared.conditions.discovery.set(true);
+            tokio::spawn(keep((into, mistakes)));
+        }
+    }
 }
 
 /// How many endpoints stand how, by service.
@@ -137,6 +154,7 @@ pub(super) fn start_dns(
     let running = dns::run(
         dns::Settings { udp, tcp, resolvers },
         shared.directory.clone(),
+        shared.registry.clone(),
         shared.virtual_addresses.clone(),
         shared.telemetry.metrics().clone(),
     );

@@ -43,6 +43,7 @@ fn status(shared: &Shared) -> Value {
             "next_attempt": identity.next_attempt.map(rfc3339),
         },
         "services": shared.directory.borrow().services().len(),
+        "registry": shared.registry.is_there().then(|| shared.registry_status.borrow().clone()),
         "log": shared.log.current(),
     })
 }

@@ -140,6 +140,7 @@ fn outbound(shared: &Arc<Shared>, inbound: Arc<Inbound>) -> Arc<Outbound> {
         config.upstreams.iter().map(|upstream| (upstream.listen, upstream.service.clone())).collect();
     Arc::new(Outbound {
         directory: shared.directory.clone(),
+        registry: shared.registry.clone(),
         virtual_addresses: shared.virtual_addresses.clone(),
         explicit,
         upstreams: shared.upstreams.clone(),

@@ -18,6 +18,8 @@ pub struct Key {
     pub help: &'static str,
     /// The heading in `--help`.
     pub group: &'static str,
+    /// A variable of another program's convention that says the same; it counts where nothing else does.
+    pub also: Option<&'static str>,
 }
 
 impl Key {
@@ -28,11 +30,21 @@ impl Key {
 }
 
 const fn one(group: &'static str, name: &'static str, value: &'static str, help: &'static str) -> Key {
-    Key { name, value, many: false, help, group }
+    Key { name, value, many: false, help, group, also: None }
 }
 
 const fn many(group: &'static str, name: &'static str, value: &'static str, help: &'static str) -> Key {
-    Key { name, value, many: true, help, group }
+    Key { name, value, many: true, help, group, also: None }
+}
+
+/// A setting of the registry, with the variable by which Consul's own programs know it.
+const fn consul(
+    name: &'static str,
+    value: &'static str,
+    variable: Option<&'static str>,
+    help: &'static str,
+) -> Key {
+    Key { name, value, many: false, help, group: "Consul", also: variable }
 }
 
 /// Every setting, in the order of `--help`.
@@ -70,9 +82,71 @@ pub const KEYS: &[Key] = &[
     many("Traffic", "upstream", "ADDRESS:PORT=SERVICE", "Listen on a loopback address for one service"),
     one("Traffic", "connect-timeout", "TIME", "Longest wait for TCP and TLS to an endpoint [default: 1s]"),
     one("Discovery", "services-dir", "DIR", "Directory of service files to watch"),
-    one("Discovery", "publish", "BOOL", "Write this workload into the services directory [default: true]"),
+    one(
+        "Discovery",
+        "publish",
+        "BOOL",
+        "Make this workload known to others, in files and Consul [default: true]",
+    ),
     one("Discovery", "policies-dir", "DIR", "Directory of policy files to watch"),
     many("Discovery", "dns-upstream", "ADDRESS", "Resolver for other names [default: /etc/resolv.conf]"),
+    Key {
+        name: "consul",
+        value: "ADDRESS",
+        many: true,
+        help: "Consul agent: HOST:PORT or a URL; several are tried in turn [default: CONSUL_HTTP_ADDR, or none]",
+        group: "Consul",
+        also: Some("CONSUL_HTTP_ADDR"),
+    },
+    consul(
+        "consul-token-file",
+        "FILE",
+        Some("CONSUL_HTTP_TOKEN_FILE"),
+        "ACL token, read again when it changes [default: CONSUL_HTTP_TOKEN, or none]",
+    ),
+    consul("consul-tls", "BOOL", Some("CONSUL_HTTP_SSL"), "TLS to addresses without http:// or https://"),
+    consul("consul-ca-file", "FILE", Some("CONSUL_CACERT"), "Roots of Consul's TLS [default: the system's]"),
+    consul("consul-certificate", "FILE", Some("CONSUL_CLIENT_CERT"), "Our certificate towards Consul"),
+    consul("consul-key", "FILE", Some("CONSUL_CLIENT_KEY"), "The key of --consul-certificate"),
+    consul(
+        "consul-server-name",
+        "NAME",
+        Some("CONSUL_TLS_SERVER_NAME"),
+        "The name that Consul's certificate must have [default: the host of its address]",
+    ),
+    consul(
+        "consul-verify",
+        "BOOL",
+        Some("CONSUL_HTTP_SSL_VERIFY"),
+        "Check Consul's certificate; false believes whoever answers [default: true]",
+    ),
+    consul(
+        "consul-ttl",
+        "TIME",
+        None,
+        "Without a sign of life for so long this workload is out [default: 15s]",
+    ),
+    consul(
+        "consul-deregister-after",
+        "TIME",
+        None,
+        "Consul forgets this workload after it was out for so long, at least 1m [default: 1m]",
+    ),
+    one(
+        "Health",
+        "weight",
+        "NUMBER",
+        "Share of the traffic relative to other instances [default: the registry's]",
+    ),
+    one(
+        "Health",
+        "probe",
+        "PROBE",
+        "How the app is asked whether it lives: tcp, http:/PATH, none [default: tcp]",
+    ),
+    one("Health", "probe-interval", "TIME", "Time between two probes [default: 2s]"),
+    one("Health", "probe-rise", "COUNT", "Answers in a row after which the app is well [default: 2]"),
+    one("Health", "probe-fall", "COUNT", "Failures in a row after which it is not [default: 3]"),
     one(
         "Ports",
         "outbound-port",

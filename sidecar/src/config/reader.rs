@@ -37,10 +37,10 @@ impl Config {
 }
 
 /// Reads entries and collects mistakes.
-struct Reader<'a> {
-    written: &'a Written,
+pub(super) struct Reader<'a> {
+    pub(super) written: &'a Written,
     admin: SocketAddr,
-    mistakes: Vec<String>,
+    pub(super) mistakes: Vec<String>,
 }
 
 impl Reader<'_> {
@@ -60,6 +60,7 @@ impl Reader<'_> {
                 policies: self.directory("policies-dir"),
                 dns: self.many("dns-upstream", "an IP address with an optional port", resolver),
                 state_dir: self.directory("state-dir"),
+                consul: self.consul(),
             },
             limits: self.limits(),
             drain: DrainTimes {
@@ -118,6 +119,8 @@ impl Reader<'_> {
                 })
                 .into_iter()
                 .collect(),
+            weight: self.written.entry("weight").is_some().then(|| self.number("weight", 1, 1..=10_000)),
+            probe: self.probe(),
         }
     }
 
@@ -209,12 +212,12 @@ impl Reader<'_> {
         }
     }
 
-    fn text(&mut self, name: &str) -> Option<String> {
+    pub(super) fn text(&mut self, name: &str) -> Option<String> {
         self.parsed::<String>(name, "a text")
     }
 
     /// A file that must be readable now.
-    fn file(&mut self, name: &str) -> Option<PathBuf> {
+    pub(super) fn file(&mut self, name: &str) -> Option<PathBuf> {
         self.parsed_with(name, "a readable file", |text| {
             std::fs::File::open(text).map(|_| PathBuf::from(text)).map_err(|error| error.to_string())
         })
@@ -233,11 +236,11 @@ impl Reader<'_> {
             .unwrap_or(default)
     }
 
-    fn duration(&mut self, name: &str, default: Duration) -> Duration {
+    pub(super) fn duration(&mut self, name: &str, default: Duration) -> Duration {
         self.parsed_with(name, "a time such as 500ms, 2s or 1h", humantime::parse_duration).unwrap_or(default)
     }
 
-    fn number<T>(&mut self, name: &str, default: T, range: std::ops::RangeInclusive<T>) -> T
+    pub(super) fn number<T>(&mut self, name: &str, default: T, range: std::ops::RangeInclusive<T>) -> T
     where
         T: FromStr + PartialOrd + Display,
     {
@@ -249,7 +252,7 @@ impl Reader<'_> {
     }
 
     /// One of some words; the first is the default.
-    fn choice<T: Copy>(&mut self, name: &str, choices: &[(&str, T)]) -> T {
+    pub(super) fn choice<T: Copy>(&mut self, name: &str, choices: &[(&str, T)]) -> T {
         let expected = choices.iter().map(|(word, _)| *word).collect::<Vec<_>>().join(" or ");
         let find = |text: &str| {
             choices.iter().find(|(word, _)| *word == text).map(|choice| choice.1).ok_or("unknown")
@@ -257,7 +260,7 @@ impl Reader<'_> {
         self.parsed_with(name, &expected, find).unwrap_or(choices[0].1)
     }
 
-    fn parsed<T>(&mut self, name: &str, expected: &str) -> Option<T>
+    pub(super) fn parsed<T>(&mut self, name: &str, expected: &str) -> Option<T>
     where
         T: FromStr,
         T::Err: Display,
@@ -265,7 +268,7 @@ impl Reader<'_> {
         self.parsed_with(name, expected, |text| text.parse::<T>())
     }
 
-    fn parsed_with<T, E: Display>(
+    pub(super) fn parsed_with<T, E: Display>(
         &mut self,
         name: &str,
         expected: &str,
@@ -282,7 +285,12 @@ impl Reader<'_> {
         }
     }
 
-    fn many<T>(&mut self, name: &str, expected: &str, parse: impl Fn(&str) -> Option<T>) -> Vec<T> {
+    pub(super) fn many<T>(
+        &mut self,
+        name: &str,
+        expected: &str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Vec<T> {
         let Some(Entry { values, place }) = self.written.entry(name) else { return Vec::new() };
         let mut read = Vec::new();
         for text in values {
@@ -295,7 +303,7 @@ impl Reader<'_> {
     }
 }
 
-fn port(text: &str) -> Option<u16> {
+pub(super) fn port(text: &str) -> Option<u16> {
     text.parse().ok().filter(|number| *number != 0)
 }
 

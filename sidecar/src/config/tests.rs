@@ -2,7 +2,7 @@ use std::{fs, time::Duration};
 
 use clap::Command;
 
-use super::{Config, InvalidSettings, KEYS, Mode, Written, arguments};
+use super::{Config, ConsulAddress, ConsulToken, InvalidSettings, KEYS, Mode, Written, arguments};
 use crate::model::MutualTls;
 
 fn read(flags: &[&str], variables: &[(&str, &str)]) -> Result<Config, InvalidSettings> {
@@ -93,4 +93,40 @@ fn every_setting_has_help_and_a_name_of_its_own() {
     assert!(KEYS.iter().all(|key| !key.help.is_empty() && !key.value.is_empty()));
     let config = read(&["--service", "a", "--settle-time", "1500ms"], &[]).unwrap();
     assert_eq!(config.drain.settle, Duration::from_millis(1500));
+}
+
+#[test]
+fn consul_is_found_by_its_own_variables_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let token = folder.path().join("token");
+    fs::write(&token, "secret").unwrap();
+    let token = token.to_str().unwrap();
+    assert!(read(&["--service", "a"], &[]).unwrap().stores.consul.is_none());
+    let variables = [
+        ("CONSUL_HTTP_ADDR", "10.0.0.1:8501"),
+        ("CONSUL_HTTP_SSL", "true"),
+        ("CONSUL_HTTP_SSL_VERIFY", "0"),
+        ("CONSUL_HTTP_TOKEN", "secret"),
+    ];
+    let consul = read(&["--service", "a"], &variables).unwrap().stores.consul.unwrap();
+    let address = ConsulAddress { tls: true, host: "10.0.0.1".to_owned(), port: 8501 };
+    assert_eq!(consul.addresses, [address]);
+    assert_eq!((consul.token, consul.tls.verify), (ConsulToken::Variable, false));
+    let flags = ["--service", "a", "--consul", "a:1", "--consul", "b:2", "--consul-token-file", token];
+    let config = read(&flags, &variables).unwrap();
+    assert!(!serde_json::to_string(&config).unwrap().contains("secret"));
+    let consul = config.stores.consul.unwrap();
+    assert_eq!(consul.addresses.len(), 2);
+    assert_eq!(consul.token, ConsulToken::File(token.into()));
+    let InvalidSettings(mistakes) = read(
+        &["--service", "a", "--consul-certificate", token, "--probe", "udp"],
+        &[("CONSUL_HTTP_SSL", "maybe")],
+    )
+    .unwrap_err();
+    let all = mistakes.join("\n");
+    for expected in
+        ["--consul-certificate: stands without", "CONSUL_HTTP_SSL: `consul-tls` is", "`probe` is \"udp\""]
+    {
+        assert!(all.contains(expected), "{expected}: {all}");
+    }
 }

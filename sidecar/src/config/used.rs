@@ -10,6 +10,7 @@ use std::{
 
 use serde::Serialize;
 
+use super::consul::{Consul, Probe};
 use crate::model::{MutualTls, Protocol, ServiceName};
 
 /// All settings of a sidecar.
@@ -70,6 +71,10 @@ pub struct App {
     pub mutual_tls: MutualTls,
     /// The same for single ports.
     pub mutual_tls_ports: BTreeMap<u16, MutualTls>,
+    /// Its share of the traffic; none: what the registry has for those that say nothing.
+    pub weight: Option<u16>,
+    /// How it is asked whether it lives.
+    pub probe: Probe,
 }
 
 /// Where our identity comes from.
@@ -120,7 +125,7 @@ pub struct Upstream {
 pub struct Stores {
     /// Directory of service files.
     pub services: Option<PathBuf>,
-    /// Write our own workload there?
+    /// Make our own workload known, there and in Consul?
     pub publish: bool,
     /// Directory of policy files.
     pub policies: Option<PathBuf>,
@@ -128,6 +133,8 @@ pub struct Stores {
     pub dns: Vec<SocketAddr>,
     /// Where virtual addresses outlive a restart.
     pub state_dir: Option<PathBuf>,
+    /// The registry; none: files alone.
+    pub consul: Option<Consul>,
 }
 
 /// Ports and sockets of the sidecar.
@@ -191,7 +198,7 @@ pub enum AccessLogMode {
     All,
 }
 
-fn as_text<S: serde::Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+pub(super) fn as_text<S: serde::Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&humantime::format_duration(*duration))
 }
 

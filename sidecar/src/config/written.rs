@@ -1,7 +1,7 @@
 //! Settings as written: which text stands where. Nothing is understood here beyond the names of the keys.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     path::{Path, PathBuf},
 };
@@ -17,6 +17,7 @@ use super::keys::{KEYS, Key};
 pub struct Written {
     entries: BTreeMap<&'static str, Entry>,
     mistakes: Vec<String>,
+    names_of_variables: BTreeSet<String>,
 }
 
 /// One setting as it was written.
@@ -40,11 +41,11 @@ const OTHER_VARIABLES: [&str; 6] =
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
 
 impl Written {
-    /// Reads flags, then `WEFT_*` variables, then the file that `--config` or `WEFT_CONFIG` names. The first of
-    /// the three that has a key wins.
+    /// Reads flags, then `WEFT_*` variables, then the file that `--config` or `WEFT_CONFIG` names, then variables
+    /// of other programs' conventions (`CONSUL_*`). The first of them that has a key wins.
     pub fn read(flags: &ArgMatches, variables: impl IntoIterator<Item = (String, String)>) -> Self {
-        let variables: BTreeMap<String, String> =
-            variables.into_iter().filter(|(name, _)| name.starts_with(ENV_PREFIX)).collect();
+        let (variables, others): (BTreeMap<String, String>, BTreeMap<_, _>) =
+            variables.into_iter().partition(|(name, _)| name.starts_with(ENV_PREFIX));
         let mut written = Written::default();
         written.take_flags(flags);
         written.take_variables(&variables);
@@ -52,6 +53,7 @@ impl Written {
         if let Some(file) = file {
             written.take_file(&file);
         }
+        written.take_other_variables(&others);
         written
     }
 
@@ -67,6 +69,11 @@ impl Written {
         self.entries.get(name)
     }
 
+    /// Was there a variable of this name, with some value? For what must not become an entry, such as a token.
+    pub fn has_variable(&self, name: &str) -> bool {
+        self.names_of_variables.contains(name)
+    }
+
     /// What was wrong while reading.
     pub fn mistakes(&self) -> &[String] {
         &self.mistakes
@@ -76,6 +83,16 @@ impl Written {
         for key in KEYS {
             let Ok(Some(values)) = flags.try_get_many::<String>(key.name) else { continue };
             self.put(key, values.cloned().collect(), format!("--{}", key.name));
+        }
+    }
+
+    fn take_other_variables(&mut self, variables: &BTreeMap<String, String>) {
+        let with_value = || variables.iter().filter(|(_, value)| !value.is_empty());
+        self.names_of_variables = with_value().map(|(name, _)| name.clone()).collect();
+        for (name, value) in with_value() {
+            if let Some(key) = KEYS.iter().find(|key| key.also == Some(name)) {
+                self.put(key, vec![value.clone()], name.clone());
+            }
         }
     }
 

@@ -26,6 +26,8 @@ pub enum Destination {
     Service(Arc<Service>),
     /// This endpoint of the service and no other.
     Endpoint(Arc<Service>, Endpoint),
+    /// A virtual address of a service that the directory has not: a registry may know it.
+    Unasked(ServiceName),
     /// A virtual address that stands for no service now: never to be passed through.
     UnknownVirtual(IpAddr),
     /// Nothing the directory knows.
@@ -45,8 +47,17 @@ impl Directory {
             Some(known) if **known == service => Arc::clone(known),
             _ => Arc::new(service),
         };
-        let by_name: BTreeMap<_, _> =
-            services.into_iter().map(|service| (service.name.clone(), share(service))).collect();
+        Directory::of(services.into_iter().map(|service| (service.name.clone(), share(service))).collect())
+    }
+
+    /// The services of `first`, and those others whose names it has not.
+    pub fn merged(first: &Directory, others: impl Iterator<Item = Arc<Service>>) -> Self {
+        let mut by_name: BTreeMap<_, _> = others.map(|service| (service.name.clone(), service)).collect();
+        by_name.extend(first.by_name.iter().map(|(name, service)| (name.clone(), Arc::clone(service))));
+        Directory::of(by_name)
+    }
+
+    fn of(by_name: BTreeMap<ServiceName, Arc<Service>>) -> Self {
         let mut by_address = HashMap::new();
         let mut by_endpoint = HashMap::new();
         for service in by_name.values() {
@@ -77,8 +88,12 @@ impl Directory {
     pub fn lookup(&self, destination: SocketAddr, virtuals: &VirtualAddresses) -> Destination {
         let destination = canonical(destination);
         if is_virtual(destination.ip()) {
-            let service = virtuals.name_of(destination.ip()).and_then(|name| self.service(&name).cloned());
-            return service.map_or(Destination::UnknownVirtual(destination.ip()), Destination::Service);
+            return match virtuals.name_of(destination.ip()) {
+                Some(name) => {
+                    self.service(&name).cloned().map_or(Destination::Unasked(name), Destination::Service)
+                }
+                None => Destination::UnknownVirtual(destination.ip()),
+            };
         }
         if let Some(service) = self.by_address.get(&destination) {
             return Destination::Service(Arc::clone(service));
@@ -113,11 +128,9 @@ mod tests {
 
     fn service(name: &str, addresses: &[&str], endpoints: &[&str]) -> Service {
         Service {
-            name: name.parse().unwrap(),
-            protocol: None,
-            identities: Vec::new(),
             addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
             endpoints: endpoints.iter().map(|text| Endpoint::at(text.parse().unwrap())).collect(),
+            ..Service::named(name.parse().unwrap())
         }
     }
 
@@ -134,6 +147,7 @@ mod tests {
         let meaning = |text: &str| match directory.lookup(text.parse().unwrap(), &virtuals) {
             Destination::Service(service) => service.name.to_string(),
             Destination::Endpoint(service, endpoint) => format!("{} at {}", service.name, endpoint.address),
+            Destination::Unasked(name) => format!("perhaps {name}"),
             Destination::UnknownVirtual(address) => format!("virtual {address}"),
             Destination::Unknown => "unknown".to_owned(),
         };
@@ -152,7 +166,7 @@ mod tests {
             ("[::ffff:240.0.0.9]:80", "virtual 240.0.0.9"),
             (&format!("{virtual_orders}:80"), "orders"),
             (&format!("{virtual_orders}:9999"), "orders"),
-            (&format!("{virtual_gone}:80"), &format!("virtual {virtual_gone}")),
+            (&format!("{virtual_gone}:80"), "perhaps gone"),
         ] {
             assert_eq!(meaning(destination), expected, "{destination}");
         }

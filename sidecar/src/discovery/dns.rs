@@ -20,11 +20,11 @@ use self::{
     answer::failed,
     forward::{Forwarder, Transport},
 };
-use super::{Directory, VirtualAddresses};
-use crate::telemetry::Metrics;
+use super::{Directory, Registry, VirtualAddresses};
+use crate::{model::ServiceName, telemetry::Metrics};
 
 pub use self::{
-    answer::{Decision, decide},
+    answer::{Asking, Decision, decide},
     forward::answers,
     resolv_conf::resolvers,
 };
@@ -55,6 +55,7 @@ pub struct Settings {
 #[derive(Debug)]
 struct Responder {
     directory: watch::Receiver<Arc<Directory>>,
+    registry: Arc<Registry>,
     virtuals: Arc<VirtualAddresses>,
     forwarder: Forwarder,
     forwarded: Arc<Semaphore>,
@@ -69,6 +70,7 @@ struct Responder {
 pub async fn run(
     settings: Settings,
     directory: watch::Receiver<Arc<Directory>>,
+    registry: Arc<Registry>,
     virtuals: Arc<VirtualAddresses>,
     metrics: Arc<Metrics>,
 ) -> io::Result<()> {
@@ -87,6 +89,7 @@ pub async fn run(
     }
     let responder = Arc::new(Responder {
         directory,
+        registry,
         virtuals,
         forwarder: Forwarder::new(settings.resolvers, &own),
         forwarded: Arc::new(Semaphore::new(MAX_FORWARDED)),
@@ -141,12 +144,12 @@ async fn serve_udp(responder: Arc<Responder>, socket: Arc<UdpSocket>) {
             Decision::Answer(answer) => {
                 let _ = socket.send_to(&answer, client).await;
             }
-            Decision::Forward => {
+            decision @ (Decision::Forward | Decision::Ask(_)) => {
                 let Ok(permit) = Arc::clone(&responder.forwarded).try_acquire_owned() else { continue };
                 let (responder, socket) = (Arc::clone(&responder), Arc::clone(&socket));
                 let question = buffer[..length].to_vec();
                 tokio::spawn(async move {
-                    let answer = responder.forward(&question, Transport::Udp).await;
+                    let answer = responder.find_out(&question, decision, Transport::Udp).await;
                     let _ = socket.send_to(&answer, client).await;
                     drop(permit);
                 });
@@ -180,8 +183,8 @@ async fn converse(responder: &Responder, mut stream: TcpStream) -> io::Result<()
         let answer = match responder.decide(&question) {
             Decision::Silence => return Ok(()),
             Decision::Answer(answer) => answer,
-            Decision::Forward => match responder.forwarded.try_acquire() {
-                Ok(_permit) => responder.forward(&question, Transport::Tcp).await,
+            decision => match responder.forwarded.try_acquire() {
+                Ok(_permit) => responder.find_out(&question, decision, Transport::Tcp).await,
                 Err(_) => failed(&question),
             },
         };
@@ -193,14 +196,37 @@ async fn converse(responder: &Responder, mut stream: TcpStream) -> io::Result<()
 
 impl Responder {
     fn decide(&self, question: &[u8]) -> Decision {
+        let asking = if self.registry.is_there() { Asking::Possible } else { Asking::Never };
+        self.decide_after(question, asking)
+    }
+
+    fn decide_after(&self, question: &[u8], asking: Asking) -> Decision {
         let directory = Arc::clone(&self.directory.borrow());
-        let decision = decide(question, &directory, |name| self.virtuals.address_of(name, SystemTime::now()));
-        self.metrics.dns_query(match &decision {
-            Decision::Answer(_) => "answered",
-            Decision::Forward => "forwarded",
-            Decision::Silence => "ignored",
-        });
+        let address_of = |name: &ServiceName| self.virtuals.address_of(name, SystemTime::now());
+        let decision = decide(question, &directory, asking, address_of);
+        match &decision {
+            Decision::Answer(_) => self.metrics.dns_query("answered"),
+            Decision::Forward => self.metrics.dns_query("forwarded"),
+            Decision::Silence => self.metrics.dns_query("ignored"),
+            // Decided again, and counted then.
+            Decision::Ask(_) => {}
+        }
         decision
+    }
+
+    /// The answer of whoever must be asked: the registry, the resolvers, or the one after the other.
+    async fn find_out(&self, question: &[u8], decision: Decision, transport: Transport) -> Vec<u8> {
+        let decision = match decision {
+            Decision::Ask(name) => {
+                self.registry.ask(&name).await;
+                self.decide_after(question, Asking::Done)
+            }
+            other => other,
+        };
+        match decision {
+            Decision::Answer(answer) => answer,
+            _ => self.forward(question, transport).await,
+        }
     }
 
     /// The resolvers' answer, or ours that none of them gave one.

@@ -123,13 +123,8 @@ fn merge<'a>(
                 mistakes.push(mistake(Some(line), text));
             }
         }
-        let service = services.entry(&document.service).or_insert_with(|| Service {
-            name: document.service.clone(),
-            protocol: None,
-            identities: Vec::new(),
-            addresses: Vec::new(),
-            endpoints: Vec::new(),
-        });
+        let service =
+            services.entry(&document.service).or_insert_with(|| Service::named(document.service.clone()));
         service.protocol = service.protocol.or(document.protocol.map(|(protocol, _)| protocol));
         service.identities.extend_from_slice(&document.identities);
         service.addresses.extend_from_slice(&document.addresses);

@@ -125,7 +125,7 @@ fn file_name(workload: &Workload) -> io::Result<String> {
 
 /// Every value is of a type whose text needs no care in YAML, inside double quotes at the latest.
 fn document(workload: &Workload) -> String {
-    let Endpoint { address, weight, zone } = &workload.endpoint;
+    let Endpoint { address, weight, zone, .. } = &workload.endpoint;
     let mut text = String::from("# Written by a weft sidecar, which touches it while it lives.\n");
     let mut line = |words: std::fmt::Arguments<'_>| {
         let _ = text.write_fmt(words);
@@ -163,9 +163,9 @@ mod tests {
             protocol: Some(Protocol::Http1),
             identities: vec!["spiffe://weft.local/ns/shop/sa/orders".parse().unwrap()],
             endpoint: Endpoint {
-                address: "[fd00::2]:8080".parse().unwrap(),
                 weight: 7,
                 zone: Some("a".into()),
+                ..Endpoint::at("[fd00::2]:8080".parse().unwrap())
             },
         }
     }

@@ -80,7 +80,7 @@ fn endpoint(item: Item, mistakes: &mut Mistakes) -> Option<Endpoint> {
     };
     let zone = entry.take("zone").and_then(|item| zone(&item, mistakes));
     entry.finish(mistakes);
-    Some(Endpoint { address: address?, weight: weight?, zone })
+    Some(Endpoint { weight: weight?, zone, ..Endpoint::at(address?) })
 }
 
 /// An address that a connection can go to, and that is not one of those we hand out ourselves.

@@ -19,7 +19,7 @@ use super::{
     Directory,
     files::{read_regular, write_atomically},
 };
-use crate::model::ServiceName;
+use crate::model::{Registered, ServiceName};
 
 /// Services that can have a virtual address at a time.
 const MAX_ADDRESSES: usize = 65_536;
@@ -106,7 +106,10 @@ impl VirtualAddresses {
     /// Notes which services are gone and forgets those that have been for a day. To be called when the directory
     /// changed, and now and then.
     pub fn follow(&self, directory: &Directory, now: SystemTime) {
-        let changed = self.table().follow(|name| directory.service(name).is_some(), now);
+        let is_known = |name: &ServiceName| {
+            directory.service(name).is_some_and(|service| service.registered == Registered::Yes)
+        };
+        let changed = self.table().follow(is_known, now);
         if changed {
             self.save();
         }
@@ -276,13 +279,7 @@ mod tests {
     }
 
     fn directory(names: &[&str]) -> Directory {
-        let service = |text: &&str| crate::model::Service {
-            name: name(text),
-            protocol: None,
-            identities: Vec::new(),
-            addresses: Vec::new(),
-            endpoints: Vec::new(),
-        };
+        let service = |text: &&str| crate::model::Service::named(name(text));
         Directory::new(names.iter().map(service).collect())
     }
 

@@ -25,6 +25,10 @@ pub enum Failure {
     UnknownVirtualAddress,
     /// The service is known and has no endpoint.
     NoEndpoint,
+    /// The registry was asked and has no service of this name.
+    NotRegistered,
+    /// The registry could not be asked, and nothing is known of the service.
+    RegistryUnavailable,
     /// The TCP connection was refused.
     ConnectRefused,
     /// The TCP connection or its TLS handshake took too long.
@@ -87,6 +91,8 @@ impl Failure {
         Failure::UnknownDestination,
         Failure::UnknownVirtualAddress,
         Failure::NoEndpoint,
+        Failure::NotRegistered,
+        Failure::RegistryUnavailable,
         Failure::ConnectRefused,
         Failure::ConnectTimeout,
         Failure::ConnectUnreachable,
@@ -159,6 +165,8 @@ impl Failure {
             Failure::UnknownDestination => ("unknown_destination", 502, Mesh),
             Failure::UnknownVirtualAddress => ("unknown_virtual_address", 502, Mesh),
             Failure::NoEndpoint => ("no_endpoint", 503, Mesh),
+            Failure::NotRegistered => ("not_registered", 503, Mesh),
+            Failure::RegistryUnavailable => ("registry_unavailable", 503, Mesh),
             Failure::ConnectRefused => ("connect_refused", 503, Upstream),
             Failure::ConnectTimeout => ("connect_timeout", 504, Upstream),
             Failure::ConnectUnreachable => ("connect_unreachable", 503, Upstream),

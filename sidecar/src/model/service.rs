@@ -26,6 +26,34 @@ pub struct Service {
     pub addresses: Vec<SocketAddr>,
     /// Where it runs.
     pub endpoints: Vec<Endpoint>,
+    /// Does anybody say that it exists?
+    pub registered: Registered,
+}
+
+/// What is known about the existence of a service that was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Registered {
+    /// A file or a registry has it, with or without endpoints.
+    #[default]
+    Yes,
+    /// The registry was asked, and has nothing under this name.
+    No,
+    /// The registry could not be asked yet.
+    Unknown,
+}
+
+impl Service {
+    /// A service of which nothing but the name is known.
+    pub fn named(name: ServiceName) -> Self {
+        Service {
+            name,
+            protocol: None,
+            identities: Vec::new(),
+            addresses: Vec::new(),
+            endpoints: Vec::new(),
+            registered: Registered::Yes,
+        }
+    }
 }
 
 /// One place where a service runs.
@@ -37,15 +65,19 @@ pub struct Endpoint {
     pub weight: u16,
     /// Failure zone, where known.
     pub zone: Option<Arc<str>>,
+    /// Version of the app, where known.
+    pub version: Option<Arc<str>>,
+    /// Free words of whoever registered it.
+    pub tags: Vec<Arc<str>>,
 }
 
 /// The weight of an endpoint that states none.
 pub const DEFAULT_WEIGHT: u16 = 100;
 
 impl Endpoint {
-    /// An endpoint with the default weight and no zone.
+    /// An endpoint with the default weight, of which nothing else is known.
     pub fn at(address: SocketAddr) -> Self {
-        Endpoint { address, weight: DEFAULT_WEIGHT, zone: None }
+        Endpoint { address, weight: DEFAULT_WEIGHT, zone: None, version: None, tags: Vec::new() }
     }
 }
 

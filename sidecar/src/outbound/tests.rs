@@ -11,7 +11,7 @@ use super::{Outbound, Upstreams};
 use crate::{
     config::{AccessLogMode, Mode},
     connect::{Connector, Dialer, Pool},
-    discovery::{Directory, VirtualAddresses, policies::Policies},
+    discovery::{Directory, Registry, VirtualAddresses, policies::Policies},
     drain::Drain,
     http::HttpLimits,
     inbound::{Delivery, Inbound, Meaning},
@@ -54,11 +54,13 @@ fn stories() -> (Arc<Inbound>, Arc<Outbound>) {
         telemetry: telemetry.clone(),
     });
     let directory = watch::channel(Arc::new(Directory::default())).1;
+    let registry = Arc::new(Registry::none(directory.clone()));
     let outbound = Arc::new(Outbound {
         directory: directory.clone(),
         virtual_addresses: Arc::new(VirtualAddresses::in_memory()),
         explicit: HashMap::new(),
-        upstreams: Upstreams::new(directory, policies, Policy::default(), telemetry.clone()),
+        registry: registry.clone(),
+        upstreams: Upstreams::new(directory, policies, registry, Policy::default(), telemetry.clone()),
         pool: Pool::new(connector.clone(), telemetry.metrics().clone()),
         connector,
         inbound: inbound.clone(),

@@ -13,8 +13,8 @@ use tokio::{sync::watch, time::Instant};
 use crate::{
     balance::{Balancer, Picked},
     connect::Security,
-    discovery::{Directory, policies::Policies},
-    model::{Failed, Failure, Policy, Protocol, Result, Service, ServiceName},
+    discovery::{Directory, Interest, Registry, policies::Policies},
+    model::{Failed, Failure, Policy, Protocol, Registered, Result, Service, ServiceName},
     policy::budget::Bucket,
     telemetry::{Direction, ServiceMetrics, Telemetry},
 };
@@ -23,6 +23,8 @@ use crate::{
 pub struct Upstream {
     name: ServiceName,
     known: ArcSwap<Known>,
+    /// Keeps the registry's watch alive while the service is called; none without a registry.
+    interest: Option<Arc<Interest>>,
     /// Load and breakers of its endpoints.
     pub balancer: Balancer,
     budget: Mutex<Bucket>,
@@ -73,13 +75,49 @@ impl Upstream {
     /// An endpoint for the next attempt: the one that the app dialled, or the best that was not tried.
     ///
     /// # Errors
-    /// `no_endpoint`.
+    /// `no_endpoint`, `not_registered`, `registry_unavailable`.
     pub fn pick(&self, only: Option<SocketAddr>, tried: &[SocketAddr], now: Instant) -> Result<Picked> {
+        if let Some(interest) = &self.interest {
+            interest.touch();
+        }
         match only {
             Some(address) => self.balancer.pick_only(address, now),
             None => self.balancer.pick(tried, now),
         }
-        .ok_or_else(|| Failed::new(Failure::NoEndpoint, format!("`{}` has no endpoint", self.name)))
+        .ok_or_else(|| self.nobody())
+    }
+
+    fn nobody(&self) -> Failed {
+        let name = &self.name;
+        match self.known().service.registered {
+            Registered::Yes => Failed::new(Failure::NoEndpoint, format!("`{name}` has no endpoint")),
+            Registered::No => {
+                let detail = format!("nobody registered `{name}`; is it spelt right, and does it run?");
+                Failed::new(Failure::NotRegistered, detail)
+            }
+            Registered::Unknown => {
+                let detail = format!("the registry cannot be asked for `{name}`, and nothing is known of it");
+                Failed::new(Failure::RegistryUnavailable, detail)
+            }
+        }
+    }
+
+    /// Takes over what discovery says now; nothing where it says nothing, as long as a registry may know more.
+    fn follow(&self, found: Option<&Arc<Service>>, policy: Arc<Policy>) {
+        let known = self.known();
+        let service = match found {
+            // The registry is away: what is known stays in use.
+            Some(service)
+                if service.registered == Registered::Unknown && !known.service.endpoints.is_empty() =>
+            {
+                known.service.clone()
+            }
+            Some(service) => service.clone(),
+            None if self.interest.is_some() => known.service.clone(),
+            // The name is kept without endpoints: its callers get a clear answer until it is back.
+            None => Arc::new(Service { endpoints: Vec::new(), ..(*known.service).clone() }),
+        };
+        self.update(service, policy);
     }
 
     fn update(&self, service: Arc<Service>, policy: Arc<Policy>) {
@@ -98,6 +136,7 @@ pub struct Upstreams {
     by_name: Mutex<HashMap<ServiceName, Arc<Upstream>>>,
     directory: watch::Receiver<Arc<Directory>>,
     policies: watch::Receiver<Arc<Policies>>,
+    registry: Arc<Registry>,
     /// What stands for a service without a policy.
     default_policy: Arc<Policy>,
     telemetry: Arc<Telemetry>,
@@ -108,11 +147,19 @@ impl Upstreams {
     pub fn new(
         directory: watch::Receiver<Arc<Directory>>,
         policies: watch::Receiver<Arc<Policies>>,
+        registry: Arc<Registry>,
         default_policy: Policy,
         telemetry: Arc<Telemetry>,
     ) -> Arc<Self> {
         let default_policy = Arc::new(default_policy);
-        Arc::new(Upstreams { by_name: Mutex::default(), directory, policies, default_policy, telemetry })
+        Arc::new(Upstreams {
+            by_name: Mutex::default(),
+            directory,
+            policies,
+            registry,
+            default_policy,
+            telemetry,
+        })
     }
 
     /// The handle of a service; made at the first call.
@@ -130,9 +177,19 @@ impl Upstreams {
             budget: Mutex::new(Bucket::new(&policy.retries.budget, Instant::now())),
             metrics: self.telemetry.metrics().service(Direction::Outbound, service.name.as_str(), ""),
             known: ArcSwap::from_pointee(Known::new(service.clone(), policy)),
+            interest: self.registry.interest(&service.name),
         });
         by_name.insert(service.name.clone(), upstream.clone());
         upstream
+    }
+
+    /// The handle of a service that was called before and of which something is known, though nobody watches it
+    /// now.
+    pub fn called_before(&self, name: &ServiceName) -> Option<Arc<Upstream>> {
+        lock(&self.by_name)
+            .get(name)
+            .filter(|upstream| !upstream.known().service.endpoints.is_empty())
+            .cloned()
     }
 
     /// All handles, for the admin interface.
@@ -154,15 +211,20 @@ impl Upstreams {
             let services = directory.borrow_and_update().clone();
             policies.borrow_and_update();
             for upstream in self.all() {
-                let gone = || {
-                    // The name is kept without endpoints: its callers get a clear answer until it is back.
-                    let known = upstream.known();
-                    Arc::new(Service { endpoints: Vec::new(), ..(*known.service).clone() })
-                };
-                let service = services.service(upstream.name()).cloned().unwrap_or_else(gone);
-                upstream.update(service, self.policy(upstream.name()));
+                upstream.follow(services.service(upstream.name()), self.policy(upstream.name()));
             }
+            self.forget(&services);
         }
+    }
+
+    /// Drops the handles of names that nobody registered, once nobody asks for them.
+    fn forget(&self, services: &Directory) {
+        lock(&self.by_name).retain(|name, upstream| {
+            upstream.interest.is_none()
+                || services.service(name).is_some()
+                || Arc::strong_count(upstream) > 1
+                || !upstream.known().service.endpoints.is_empty()
+        });
     }
 
     fn policy(&self, name: &ServiceName) -> Arc<Policy> {

@@ -119,9 +119,11 @@ impl Namespace {
         if command.is_empty() {
             bail!("there is no command to run; expected `weft-sidecar exec … -- COMMAND [ARGUMENT]…`");
         }
-        let ours = env::vars_os()
-            .map(|(name, _)| name)
-            .filter(|name| name.as_bytes().starts_with(names::ENV_PREFIX.as_bytes()));
+        let is_ours = |name: &OsString| {
+            name.as_bytes().starts_with(names::ENV_PREFIX.as_bytes())
+                || names::CREDENTIAL_VARIABLES.iter().any(|other| name == other)
+        };
+        let ours = env::vars_os().map(|(name, _)| name).filter(is_ours);
         let (helper, socket) = namespace::spawn_helper(&settings.program, command, ours)
             .with_context(|| format!("cannot start {} as the helper", settings.program.display()))?;
         let starting = Starting { helper: Some(helper), socket: Some(socket) };

@@ -60,6 +60,7 @@ pub struct Metrics {
     certificate_expiry: Gauge,
     identity_renewals: Counters,
     config_reloads: Counters,
+    registry_requests: Counters,
     spans_exported: Counter,
     spans_dropped: Counters,
     log_lines_dropped: Counter,
@@ -140,6 +141,8 @@ impl Metrics {
         let identity_renewals =
             counters("identity_renewals", "Requests for a certificate", &["result"], SERIES);
         let config_reloads = counters("config_reloads", "Changes of policy", &["result"], SERIES);
+        let help = "Questions to the registry";
+        let registry_requests = counters("registry_requests", help, &["result"], SERIES);
         let spans_dropped = counters("spans_dropped", "Spans that were lost", &["reason"], SERIES);
 
         let mut gauges =
@@ -174,6 +177,7 @@ impl Metrics {
             certificate_expiry,
             identity_renewals,
             config_reloads,
+            registry_requests,
             spans_exported,
             spans_dropped,
             log_lines_dropped,
@@ -258,6 +262,11 @@ impl Metrics {
     /// A change of policy was read (`ok`, `refused`).
     pub fn config_reloaded(&self, result: &'static str) {
         self.config_reloads.with(&[result]).inc();
+    }
+
+    /// The registry was asked (`ok`, or a kind of error).
+    pub fn registry_request(&self, result: &'static str) {
+        self.registry_requests.with(&[result]).inc();
     }
 
     pub(super) fn spans_sent(&self, count: usize) {

@@ -1,7 +1,8 @@
 //! What to do with a question: pure, bytes in, a decision out. A service is known as `name` and `name.weft`, one
-//! of a namespace as `name.namespace` and `name.namespace.weft` (docs/services.md). Names are compared without
-//! regard to case and answered in the client's own spelling. Addresses are IPv4: asked for another type, a name
-//! of the mesh exists and has none (RFC 2308 2.2).
+//! of a namespace as `name.namespace` and `name.namespace.weft`, and where there is a registry also as
+//! `NAME.service.consul` (docs/services.md). Only names without a dot and those below the two suffixes reach the
+//! registry. Names are compared without regard to case and answered in the client's own spelling. Addresses are
+//! IPv4: asked for another type, a name of the mesh exists and has none (RFC 2308 2.2).
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -14,7 +15,10 @@ use hickory_proto::{
     serialize::binary::{BinDecodable, BinDecoder},
 };
 
-use crate::{discovery::Directory, model::ServiceName};
+use crate::{
+    discovery::Directory,
+    model::{Registered, ServiceName},
+};
 
 /// Clients ask again after this many seconds.
 const TTL: u32 = 5;
@@ -22,6 +26,8 @@ const TTL: u32 = 5;
 const MAX_PAYLOAD: u16 = 1232;
 /// The suffix that is ours alone.
 const SUFFIX: &str = "weft";
+/// The suffix that Consul's own DNS has for services.
+const CONSUL_SUFFIX: [&str; 2] = ["service", "consul"];
 
 /// What to do with the bytes of a question.
 #[derive(Debug, PartialEq, Eq)]
@@ -32,12 +38,26 @@ pub enum Decision {
     Answer(Vec<u8>),
     /// Not ours: ask the resolvers.
     Forward,
+    /// Perhaps a service: ask the registry, and decide again.
+    Ask(ServiceName),
+}
+
+/// Can a registry be asked about a name that the directory has not?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asking {
+    /// There is none.
+    Never,
+    /// Yes.
+    Possible,
+    /// It was asked just now, and may have said nothing.
+    Done,
 }
 
 /// Decides. `address_of` gives the virtual address of a service that the directory knows.
 pub fn decide(
     question: &[u8],
     directory: &Directory,
+    asking: Asking,
     address_of: impl FnOnce(&ServiceName) -> Option<Ipv4Addr>,
 ) -> Decision {
     let mut decoder = BinDecoder::new(question);
@@ -56,9 +76,11 @@ pub fn decide(
     if query.query_class() != DNSClass::IN {
         return Decision::Forward;
     }
-    let meaning = meaning(query.name(), directory);
+    let meaning = meaning(query.name(), directory, asking);
     let (code, data) = match meaning {
         Meaning::Foreign => return Decision::Forward,
+        Meaning::Perhaps(name) => return Decision::Ask(name),
+        Meaning::Undecided => (ResponseCode::ServFail, None),
         Meaning::Service(name) => match (wants(&query, RecordType::A), address_of(&name)) {
             (_, None) => (ResponseCode::ServFail, None),
             (true, Some(address)) => (ResponseCode::NoError, Some(RData::A(A(address)))),
@@ -97,6 +119,10 @@ enum Meaning {
     /// Not a name of ours.
     Foreign,
     Service(ServiceName),
+    /// The registry must be asked first.
+    Perhaps(ServiceName),
+    /// The registry does not say whether it is one of ours.
+    Undecided,
     Localhost,
     /// The name exists and has no address: our suffix itself, or a namespace.
     NoAddress,
@@ -104,7 +130,7 @@ enum Meaning {
     Nothing,
 }
 
-fn meaning(name: &Name, directory: &Directory) -> Meaning {
+fn meaning(name: &Name, directory: &Directory, asking: Asking) -> Meaning {
     let labels: Vec<String> =
         name.iter().map(|label| String::from_utf8_lossy(label).to_ascii_lowercase()).collect();
     let mut labels: Vec<&str> = labels.iter().map(String::as_str).collect();
@@ -112,16 +138,50 @@ fn meaning(name: &Name, directory: &Directory) -> Meaning {
     if labels.last() == Some(&"localhost") {
         return Meaning::Localhost;
     }
-    let ours = labels.last() == Some(&SUFFIX);
-    if ours {
-        labels.pop();
+    let form = match labels[..] {
+        [.., SUFFIX] => Form::Ours,
+        [_, one, two] if [one, two] == CONSUL_SUFFIX && asking != Asking::Never => Form::Consul,
+        [_] => Form::Bare,
+        _ => Form::Dotted,
+    };
+    let name = match form {
+        Form::Ours => {
+            labels.pop();
+            service(&labels)
+        }
+        Form::Consul => labels[0].parse().ok(),
+        Form::Bare | Form::Dotted => service(&labels),
+    };
+    let known = name.as_ref().and_then(|name| directory.service(name)).map(|service| service.registered);
+    match (name, known, form) {
+        (Some(name), Some(Registered::Yes), _) => Meaning::Service(name),
+        (_, _, Form::Dotted) => Meaning::Foreign,
+        (Some(name), None, _) if asking == Asking::Possible => Meaning::Perhaps(name),
+        (_, _, Form::Ours) if labels.is_empty() || is_namespace(&labels, directory) => Meaning::NoAddress,
+        // Its callers are told by an answer of ours, which says more than DNS can.
+        (Some(name), Some(_), Form::Ours) => Meaning::Service(name),
+        (Some(name), None, Form::Ours) if asking == Asking::Done => Meaning::Service(name),
+        (_, _, Form::Ours) => Meaning::Nothing,
+        (Some(name), Some(Registered::Unknown), Form::Consul) => Meaning::Service(name),
+        (Some(name), None, Form::Consul) if asking == Asking::Done => Meaning::Service(name),
+        // It may be a host of this network: to guess would send traffic past the mesh.
+        (Some(_), Some(Registered::Unknown), Form::Bare) => Meaning::Undecided,
+        (Some(_), None, Form::Bare) if asking == Asking::Done => Meaning::Undecided,
+        _ => Meaning::Foreign,
     }
-    match service(&labels) {
-        Some(name) if directory.service(&name).is_some() => Meaning::Service(name),
-        _ if !ours => Meaning::Foreign,
-        _ if labels.is_empty() || is_namespace(&labels, directory) => Meaning::NoAddress,
-        _ => Meaning::Nothing,
-    }
+}
+
+/// How a name is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// Below our suffix.
+    Ours,
+    /// One label below Consul's suffix for services.
+    Consul,
+    /// One label.
+    Bare,
+    /// Anything else.
+    Dotted,
 }
 
 /// `orders` and `orders.default` are the service `orders`; `orders.shop` is `orders_shop`.
@@ -173,13 +233,7 @@ mod tests {
     use crate::model::Service;
 
     fn directory() -> Directory {
-        let service = |name: &str| Service {
-            name: name.parse().unwrap(),
-            protocol: None,
-            identities: Vec::new(),
-            addresses: Vec::new(),
-            endpoints: Vec::new(),
-        };
+        let service = |name: &str| Service::named(name.parse().unwrap());
         Directory::new(["orders", "cart_shop"].map(service).into())
     }
 
@@ -191,7 +245,7 @@ mod tests {
     }
 
     fn ask(bytes: &[u8]) -> Decision {
-        decide(bytes, &directory(), |name| {
+        decide(bytes, &directory(), Asking::Never, |name| {
             Some(Ipv4Addr::new(240, 0, 0, u8::try_from(name.as_str().len()).unwrap()))
         })
     }
@@ -238,6 +292,7 @@ mod tests {
         ] {
             let found = match ask(&question(name, kind).to_vec().unwrap()) {
                 Decision::Forward => "forward".to_owned(),
+                Decision::Ask(name) => format!("ask {name}"),
                 Decision::Silence => "silence".to_owned(),
                 Decision::Answer(bytes) => {
                     let answer = Message::from_vec(&bytes).unwrap();
@@ -246,6 +301,60 @@ mod tests {
                 }
             };
             assert_eq!(found, expected, "{name} {kind}");
+        }
+    }
+
+    #[test]
+    fn a_registry_is_asked_for_mesh_names_alone() {
+        let not_yes = |name: &str, registered| {
+            let service = Service::named(name.parse().unwrap());
+            Service { registered, ..service }
+        };
+        let directory = Directory::new(vec![
+            Service::named("orders".parse().unwrap()),
+            Service::named("cart_shop".parse().unwrap()),
+            not_yes("absent", Registered::No),
+            not_yes("unsure", Registered::Unknown),
+        ]);
+        for (name, possible, done) in [
+            ("orders.", "240.0.0.1", "240.0.0.1"),
+            ("Orders.Service.Consul.", "240.0.0.1", "240.0.0.1"),
+            ("cart_shop.service.consul.", "240.0.0.1", "240.0.0.1"),
+            ("cart.shop.", "240.0.0.1", "240.0.0.1"),
+            ("new.", "ask new", "ServFail"),
+            ("new.weft.", "ask new", "240.0.0.1"),
+            ("new.space.weft.", "ask new_space", "240.0.0.1"),
+            ("new.service.consul.", "ask new", "240.0.0.1"),
+            ("new_space.service.consul.", "ask new_space", "240.0.0.1"),
+            ("absent.", "forward", "forward"),
+            ("absent.weft.", "240.0.0.1", "240.0.0.1"),
+            ("absent.service.consul.", "forward", "forward"),
+            ("unsure.", "ServFail", "ServFail"),
+            ("unsure.weft.", "240.0.0.1", "240.0.0.1"),
+            ("unsure.service.consul.", "240.0.0.1", "240.0.0.1"),
+            ("example.org.", "forward", "forward"),
+            ("www.example.org.", "forward", "forward"),
+            ("v2.orders.service.consul.", "forward", "forward"),
+            ("node.consul.", "forward", "forward"),
+            ("a_b_c.service.consul.", "forward", "forward"),
+            ("a.b.c.weft.", "NXDomain", "NXDomain"),
+            ("weft.", "NoError", "NoError"),
+        ] {
+            for (asking, expected) in [(Asking::Possible, possible), (Asking::Done, done)] {
+                let bytes = question(name, RecordType::A).to_vec().unwrap();
+                let address_of = |_: &ServiceName| Some(Ipv4Addr::new(240, 0, 0, 1));
+                let found = match decide(&bytes, &directory, asking, address_of) {
+                    Decision::Forward => "forward".to_owned(),
+                    Decision::Ask(name) => format!("ask {name}"),
+                    Decision::Silence => "silence".to_owned(),
+                    Decision::Answer(bytes) => {
+                        let answer = Message::from_vec(&bytes).unwrap();
+                        let code = format!("{:?}", answer.metadata.response_code);
+                        answer.answers.first().map_or(code, |record| record.data.to_string())
+                    }
+                };
+                assert_eq!(found, expected, "{name} {asking:?}");
+            }
         }
     }
 
@@ -289,7 +398,7 @@ mod tests {
                     let code = Message::from_vec(&bytes).unwrap().metadata.response_code;
                     assert_eq!(code, ResponseCode::FormErr, "{length}");
                 }
-                Decision::Forward => panic!("half a question was forwarded"),
+                other => panic!("half a question: {other:?}"),
             }
         }
     }
@@ -297,7 +406,7 @@ mod tests {
     #[test]
     fn a_full_table_is_a_failure_and_not_a_missing_name() {
         let bytes = question("orders.", RecordType::A).to_vec().unwrap();
-        let Decision::Answer(bytes) = decide(&bytes, &directory(), |_| None) else { panic!() };
+        let Decision::Answer(bytes) = decide(&bytes, &directory(), Asking::Never, |_| None) else { panic!() };
         assert_eq!(Message::from_vec(&bytes).unwrap().metadata.response_code, ResponseCode::ServFail);
         assert_eq!(failed(b"short"), b"");
     }

@@ -95,14 +95,7 @@ fn answers(question: &Message, manner: Manner) -> Vec<Message> {
 
 /// The responder with one service, `orders`.
 async fn responder(resolvers: Vec<SocketAddr>) -> (SocketAddr, SocketAddr, Ipv4Addr) {
-    let service = Service {
-        name: "orders".parse().unwrap(),
-        protocol: None,
-        identities: Vec::new(),
-        addresses: Vec::new(),
-        endpoints: Vec::new(),
-    };
-    let directory = Arc::new(Directory::new(vec![service]));
+    let directory = Arc::new(Directory::new(vec![Service::named("orders".parse().unwrap())]));
     let virtuals = Arc::new(VirtualAddresses::in_memory());
     let expected = virtuals.address_of(&"orders".parse().unwrap(), SystemTime::now()).unwrap();
     let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -112,7 +105,8 @@ async fn responder(resolvers: Vec<SocketAddr>) -> (SocketAddr, SocketAddr, Ipv4A
     let (sender, receiver) = watch::channel(directory);
     tokio::spawn(async move {
         let _still_published = sender;
-        run(settings, receiver, virtuals, Arc::new(Metrics::new())).await
+        let registry = Arc::new(Registry::none(receiver.clone()));
+        run(settings, receiver, registry, virtuals, Arc::new(Metrics::new())).await
     });
     (places.0, places.1, expected)
 }

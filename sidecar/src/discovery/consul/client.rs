@@ -1,0 +1,223 @@
+//! The client of Consul's HTTP API (version 1): questions with a time limit and a bound, answers with their
+//! index. Several agents are tried in turn, from the one that answered last. It does not wait between attempts:
+//! whoever asks knows how long.
+
+use std::{
+    fmt,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{
+    HeaderMap, Method, Request,
+    header::{HOST, HeaderName, HeaderValue, USER_AGENT},
+};
+use tokio::{sync::Semaphore, time::timeout};
+
+use super::{
+    agent::{Agent, PROTOCOLS},
+    error::{Error, Kind},
+    token::Token,
+};
+use crate::{
+    config::{Consul, ConsulTls},
+    telemetry::Metrics,
+    tls::registry_client,
+};
+
+/// Blocking queries at a time over plain HTTP, each with a connection of its own.
+const PLAIN_SLOTS: usize = 32;
+/// The same on one HTTP/2 connection: fewer than the 250 streams that Consul takes.
+const TLS_SLOTS: usize = 200;
+
+const TOKEN: HeaderName = HeaderName::from_static("x-consul-token");
+const INDEX: &str = "x-consul-index";
+/// Since Consul 1.11.
+const FILTERED: &str = "x-consul-results-filtered-by-acls";
+
+/// Asks Consul.
+pub struct Client {
+    agents: Vec<Agent>,
+    /// The one that answered last.
+    current: AtomicUsize,
+    token: Token,
+    /// Places for blocking queries.
+    pub(super) slots: Arc<Semaphore>,
+    metrics: Arc<Metrics>,
+}
+
+/// A question.
+pub(super) struct Question<'a> {
+    pub(super) method: Method,
+    /// Path and query.
+    pub(super) path: String,
+    pub(super) body: Bytes,
+    /// For all of it.
+    pub(super) patience: Duration,
+    /// The longest answer.
+    pub(super) most: usize,
+    /// What an ACL must allow, for the error.
+    pub(super) permission: &'a str,
+}
+
+/// An answer with status 200.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Answer {
+    /// `X-Consul-Index`, where it can be used: above 0.
+    pub(super) index: Option<u64>,
+    /// Consul says that an ACL hid something.
+    pub(super) is_filtered: bool,
+    pub(super) body: Bytes,
+}
+
+impl<'a> Question<'a> {
+    /// A reading question whose answer comes at once.
+    pub(super) fn get(path: String, permission: &'a str) -> Self {
+        Question {
+            method: Method::GET,
+            path,
+            body: Bytes::new(),
+            patience: Duration::from_secs(10),
+            most: 1024 * 1024,
+            permission,
+        }
+    }
+
+    /// A question that changes something.
+    pub(super) fn put(path: String, body: impl Into<Bytes>, permission: &'a str) -> Self {
+        Question { method: Method::PUT, body: body.into(), ..Question::get(path, permission) }
+    }
+}
+
+impl Client {
+    /// Makes a client; nothing is sent yet.
+    ///
+    /// # Errors
+    /// The file for TLS that cannot be used.
+    pub fn new(settings: &Consul, metrics: Arc<Metrics>) -> Result<Arc<Client>, String> {
+        let ConsulTls { ca_file, client, server_name, verify } = &settings.tls;
+        let has_tls = settings.addresses.iter().any(|address| address.tls);
+        let tls = if has_tls {
+            let client = client.as_ref().map(|(certificate, key)| (Path::new(certificate), Path::new(key)));
+            if !verify {
+                tracing::warn!("Consul's certificate is not checked (consul-verify is false)");
+            }
+            Some(registry_client(ca_file.as_deref(), client, *verify, &PROTOCOLS)?)
+        } else {
+            None
+        };
+        let agent = |address: &crate::config::ConsulAddress| {
+            let name = server_name.clone().unwrap_or_else(|| address.host.clone());
+            let tls = tls.clone().filter(|_| address.tls).map(|config| (config, name));
+            Agent::new(address.clone(), tls)
+        };
+        let all_tls = settings.addresses.iter().all(|address| address.tls);
+        Ok(Arc::new(Client {
+            agents: settings.addresses.iter().map(agent).collect(),
+            current: AtomicUsize::new(0),
+            token: Token::new(settings.token.clone()),
+            slots: Arc::new(Semaphore::new(if all_tls { TLS_SLOTS } else { PLAIN_SLOTS })),
+            metrics,
+        }))
+    }
+
+    /// The agent that is asked first now, for the log.
+    pub fn shown(&self) -> String {
+        self.agents.get(self.current.load(Ordering::Relaxed)).map(Agent::shown).unwrap_or_default()
+    }
+
+    /// Asks the agents in turn until one can answer.
+    pub(super) async fn ask(&self, question: &Question<'_>) -> Result<Answer, Error> {
+        let result = self.ask_in_turn(question).await;
+        self.metrics.registry_request(result.as_ref().map_or_else(|error| error.kind.label(), |_| "ok"));
+        result
+    }
+
+    async fn ask_in_turn(&self, question: &Question<'_>) -> Result<Answer, Error> {
+        let first = self.current.load(Ordering::Relaxed);
+        let mut last = Error::new(Kind::Unreachable, "no agent is set");
+        for turn in 0..self.agents.len() {
+            let at = (first + turn) % self.agents.len();
+            match self.ask_one(&self.agents[at], question).await {
+                Ok(answer) => {
+                    self.current.store(at, Ordering::Relaxed);
+                    return Ok(answer);
+                }
+                Err(error) => {
+                    let text = format!("Consul at {}: {}", self.agents[at].shown(), error.text);
+                    let is_final = !error.kind.is_of_the_agent();
+                    last = Error { text, ..error };
+                    if is_final {
+                        break;
+                    }
+                }
+            }
+        }
+        Err(last)
+    }
+
+    async fn ask_one(&self, agent: &Agent, question: &Question<'_>) -> Result<Answer, Error> {
+        let request = self.request(agent, question)?;
+        let said = match timeout(question.patience, agent.ask(&request, question.most)).await {
+            Ok(said) => said?,
+            Err(_) => {
+                let text = format!("no answer within {}", humantime::format_duration(question.patience));
+                return Err(Error::new(Kind::Unreachable, text));
+            }
+        };
+        if !said.head.status.is_success() {
+            let mut error = Error::of_status(said.head.status, &said.body, question.permission);
+            // An empty part of the KV store: there is nothing, and there is an index to wait from.
+            if error.kind == Kind::NotFound && index(&said.head.headers).is_some() && said.body.is_empty() {
+                return Ok(Answer {
+                    index: index(&said.head.headers),
+                    is_filtered: false,
+                    body: Bytes::new(),
+                });
+            }
+            if error.kind == Kind::Denied && matches!(self.token.current(), Ok(None)) {
+                error.text.push_str("; no token is set (--consul-token-file)");
+            }
+            return Err(error);
+        }
+        Ok(Answer {
+            index: index(&said.head.headers),
+            is_filtered: said.head.headers.get(FILTERED).is_some_and(|value| value == "true"),
+            body: said.body,
+        })
+    }
+
+    fn request(&self, agent: &Agent, question: &Question<'_>) -> Result<Request<Full<Bytes>>, Error> {
+        let refused = |error: hyper::http::Error| Error::new(Kind::Refused, error.to_string());
+        let mut request = Request::builder()
+            .method(question.method.clone())
+            .uri(format!("{}{}", if agent.has_tls() { agent.shown() } else { String::new() }, question.path))
+            .header(HOST, agent.authority())
+            .header(USER_AGENT, concat!("weft-sidecar/", env!("CARGO_PKG_VERSION")))
+            .body(Full::new(question.body.clone()))
+            .map_err(refused)?;
+        let token = self.token.current().map_err(|why| Error::new(Kind::Denied, why))?;
+        if let Some(token) = token {
+            request.headers_mut().insert(TOKEN, token);
+        }
+        Ok(request)
+    }
+}
+
+/// An index of 0 would make a blocking query return at once, for ever (Consul's documentation, "Implementation
+/// Details" of blocking queries): it counts as none.
+fn index(headers: &HeaderMap<HeaderValue>) -> Option<u64> {
+    headers.get(INDEX)?.to_str().ok()?.parse().ok().filter(|index| *index > 0)
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("agent", &self.shown()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,224 @@
+//! What is known of one service, from answer to answer. Pure, with time as an argument. After a gap (an outage,
+//! or an index that went back) the registry may have forgotten who is alive: then the endpoints of before stay
+//! beside the new ones for a grace, until each was seen well again, and the breakers decide who is called.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use super::health::{Instance, InstanceKey, Reading};
+use crate::model::{Endpoint, Registered, Service, ServiceName};
+
+/// How long endpoints of before an outage stay.
+pub(super) const GRACE: Duration = Duration::from_secs(300);
+
+/// The instances of one service.
+#[derive(Debug)]
+pub(super) struct Known {
+    name: ServiceName,
+    instances: BTreeMap<InstanceKey, Instance>,
+    /// Well before the gap, and not seen well since.
+    kept: BTreeMap<InstanceKey, Instance>,
+    kept_until: Option<Instant>,
+}
+
+impl Known {
+    pub(super) fn new(name: ServiceName) -> Self {
+        Known { name, instances: BTreeMap::new(), kept: BTreeMap::new(), kept_until: None }
+    }
+
+    /// Is nothing known, or nothing left?
+    pub(super) fn is_empty(&self) -> bool {
+        self.instances.is_empty() && self.kept.is_empty()
+    }
+
+    /// When the kept ones must go.
+    pub(super) fn kept_until(&self) -> Option<Instant> {
+        self.kept_until
+    }
+
+    /// Takes an answer; `after_gap`: the first one after an outage, or with an index that went back.
+    pub(super) fn accept(&mut self, reading: Reading, after_gap: bool, now: Instant) {
+        let mut newer: BTreeMap<InstanceKey, Instance> =
+            reading.instances.into_iter().map(|instance| (instance.key.clone(), instance)).collect();
+        let older = std::mem::take(&mut self.instances);
+        // One that can no longer be read stays as it was last read.
+        for key in &reading.unreadable {
+            if let Some(before) = older.get(key) {
+                newer.entry(key.clone()).or_insert_with(|| before.clone());
+            }
+        }
+        if after_gap {
+            self.kept.extend(older.into_iter().filter(|(_, instance)| instance.is_well));
+            self.kept_until = Some(now + GRACE);
+        }
+        self.instances = newer;
+        if !self.kept.is_empty() {
+            let well = self.instances.values().filter(|instance| instance.is_well);
+            let (keys, addresses): (HashSet<_>, HashSet<_>) =
+                well.map(|instance| (instance.key.clone(), instance.endpoint.address)).unzip();
+            self.kept.retain(|key, instance| {
+                !keys.contains(key) && !addresses.contains(&instance.endpoint.address)
+            });
+        }
+        self.expire(now);
+    }
+
+    /// Drops what was kept long enough; says whether anything was.
+    pub(super) fn expire(&mut self, now: Instant) -> bool {
+        if self.kept_until.is_some_and(|until| now >= until) || self.kept.is_empty() {
+            self.kept_until = None;
+            let had = !self.kept.is_empty();
+            self.kept.clear();
+            return had;
+        }
+        false
+    }
+
+    /// The service as it is called now, and where its instances contradict each other.
+    pub(super) fn service(&self) -> (Service, Option<String>) {
+        let mut service = Service::named(self.name.clone());
+        let all = || self.instances.values().chain(self.kept.values());
+        let mut contradiction = None;
+        for instance in all() {
+            service.identities.extend_from_slice(&instance.identities);
+            match (service.protocol, instance.protocol) {
+                (None, stated) => service.protocol = stated,
+                (Some(first), Some(other)) if first != other => {
+                    contradiction.get_or_insert_with(|| {
+                        format!(
+                            "service `{}`, instance `{}` on node `{}`: it declares {other}, others {first}; \
+                             the first counts",
+                            self.name, instance.key.1, instance.key.0
+                        )
+                    });
+                }
+                _ => {}
+            }
+        }
+        service.identities.sort();
+        service.identities.dedup();
+        let called = self.instances.values().filter(|instance| instance.is_well).chain(self.kept.values());
+        service.endpoints = called.map(|instance| instance.endpoint.clone()).collect();
+        sort(&mut service.endpoints);
+        service.registered = if self.is_empty() { Registered::No } else { Registered::Yes };
+        (service, contradiction)
+    }
+}
+
+/// By address, each once; of two entries for one endpoint the heavier counts.
+fn sort(endpoints: &mut Vec<Endpoint>) {
+    endpoints.sort_by_key(|endpoint| (endpoint.address, u16::MAX - endpoint.weight));
+    endpoints.dedup_by_key(|endpoint| endpoint.address);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Protocol;
+
+    fn instance(id: &str, last: u8, is_well: bool) -> Instance {
+        Instance {
+            key: ("node".into(), id.into()),
+            endpoint: Endpoint::at(([10, 0, 0, last], 80).into()),
+            identities: vec![format!("spiffe://d/ns/default/sa/{id}").parse().unwrap()],
+            protocol: None,
+            is_well,
+        }
+    }
+
+    fn reading(instances: &[(&str, u8, bool)]) -> Reading {
+        let instances = instances.iter().map(|(id, last, well)| instance(id, *last, *well)).collect();
+        Reading { instances, ..Reading::default() }
+    }
+
+    fn endpoints(known: &Known) -> Vec<u8> {
+        let last = |endpoint: &Endpoint| match endpoint.address.ip() {
+            std::net::IpAddr::V4(address) => address.octets()[3],
+            std::net::IpAddr::V6(_) => 0,
+        };
+        known.service().0.endpoints.iter().map(last).collect()
+    }
+
+    #[test]
+    fn only_the_well_are_called_and_identities_add_up() {
+        let mut known = Known::new("orders".parse().unwrap());
+        assert_eq!(known.service().0.registered, Registered::No);
+        known.accept(reading(&[("a", 1, true), ("b", 2, false)]), false, Instant::now());
+        assert_eq!(endpoints(&known), [1]);
+        assert_eq!(known.service().0.identities.len(), 2);
+        known.accept(reading(&[("b", 2, false)]), false, Instant::now());
+        assert_eq!(endpoints(&known), [0; 0]);
+        assert_eq!(known.service().0.registered, Registered::Yes);
+        known.accept(reading(&[]), false, Instant::now());
+        assert_eq!(known.service().0.registered, Registered::No);
+    }
+
+    #[test]
+    fn after_a_gap_old_and_new_are_united_for_a_grace() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut known = Known::new("orders".parse().unwrap());
+        known.accept(
+            reading(&[("a", 1, true), ("b", 2, true), ("c", 3, true), ("d", 4, false)]),
+            false,
+            at(0),
+        );
+        // Consul is back, and empty.
+        known.accept(reading(&[]), true, at(10));
+        assert_eq!(endpoints(&known), [1, 2, 3]);
+        assert_eq!(known.service().0.registered, Registered::Yes);
+        // Registrations come back: one under another id, one not well yet.
+        known.accept(
+            reading(&[("a", 1, true), ("other", 2, true), ("c", 3, false), ("e", 5, true)]),
+            false,
+            at(20),
+        );
+        assert_eq!(endpoints(&known), [1, 2, 3, 5]);
+        // Who was seen well since and left, is gone at once.
+        known.accept(reading(&[("other", 2, true), ("c", 3, false), ("e", 5, true)]), false, at(30));
+        assert_eq!(endpoints(&known), [2, 3, 5]);
+        assert!(!known.expire(at(309)));
+        assert!(known.expire(at(310)));
+        assert_eq!(endpoints(&known), [2, 5]);
+        assert_eq!(known.kept_until(), None);
+    }
+
+    #[test]
+    fn a_second_gap_begins_the_grace_anew_and_loses_nobody() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut known = Known::new("orders".parse().unwrap());
+        known.accept(reading(&[("a", 1, true)]), false, at(0));
+        known.accept(reading(&[("b", 2, true)]), true, at(100));
+        known.accept(reading(&[]), true, at(200));
+        assert_eq!(endpoints(&known), [1, 2]);
+        assert_eq!(known.kept_until(), Some(at(500)));
+    }
+
+    #[test]
+    fn what_can_no_longer_be_read_stays_as_it_was() {
+        let mut known = Known::new("orders".parse().unwrap());
+        known.accept(reading(&[("a", 1, true), ("b", 2, true)]), false, Instant::now());
+        let unreadable = [("node".into(), "a".into()), ("node".into(), "new".into())].into();
+        let broken = Reading { unreadable, ..reading(&[("b", 2, true)]) };
+        known.accept(broken, false, Instant::now());
+        assert_eq!(endpoints(&known), [1, 2]);
+    }
+
+    #[test]
+    fn of_two_protocols_the_first_counts_and_it_is_told() {
+        let mut known = Known::new("orders".parse().unwrap());
+        let mut both = reading(&[("a", 1, true), ("b", 2, true)]);
+        both.instances[0].protocol = Some(Protocol::Http1);
+        both.instances[1].protocol = Some(Protocol::Opaque);
+        known.accept(both, false, Instant::now());
+        let (service, contradiction) = known.service();
+        assert_eq!(service.protocol, Some(Protocol::Http1));
+        let contradiction = contradiction.unwrap();
+        assert!(contradiction.contains("instance `b`") && contradiction.contains("tcp"), "{contradiction}");
+    }
+}

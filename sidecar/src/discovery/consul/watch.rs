@@ -1,0 +1,291 @@
+//! The watch of one service: blocking queries to `/v1/health/service/NAME`, one after the other (Consul's
+//! documentation, "Blocking Queries"). An index that went back begins anew without one; after a failure the first
+//! question does not block either, for a Consul that lost its state would keep it waiting. Where all places for
+//! blocking queries are taken, the service is read every ten seconds until one is free; a name that nobody
+//! registered is read so and takes no place. It ends when nobody used the service for a while.
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use hyper::Method;
+use serde::{Deserialize, Serialize};
+use tokio::{
+    sync::{OwnedSemaphorePermit, mpsc},
+    task::spawn_blocking,
+    time::{Instant, sleep_until, timeout},
+};
+
+use super::{
+    backoff::{LONGEST, pause, spread},
+    client::{Answer, Client, Question},
+    error::{Error, Kind},
+    health::{self, Reading},
+    known::Known,
+};
+use crate::{
+    discovery::registry::Interest,
+    model::{Registered, Service, ServiceName},
+};
+
+/// How long a blocking query waits for a change; shorter where others wait for its place.
+const WAIT: Duration = Duration::from_secs(300);
+const WAIT_OF_MANY: Duration = Duration::from_secs(60);
+/// Beyond its wait: Consul adds up to a sixteenth of its own.
+const BEYOND: Duration = Duration::from_secs(10);
+/// How stale a service may be that has no place among the blocking queries.
+const POLL: Duration = Duration::from_secs(10);
+/// A name that nobody registered is asked for no more often.
+const UNREGISTERED: Duration = Duration::from_secs(10);
+/// A service that changes all the time is read no more often.
+const LEAST_PAUSE: Duration = Duration::from_millis(250);
+/// While nothing is known of a service, somebody may be waiting for it.
+const LONGEST_WITHOUT: Duration = Duration::from_secs(10);
+/// Nobody used the service for so long: the watch ends.
+const IDLE: Duration = Duration::from_secs(300);
+const IDLE_UNREGISTERED: Duration = Duration::from_secs(60);
+/// How often Consul is asked whether an empty answer is one, or an ACL's.
+const ACL_CHECK: Duration = Duration::from_secs(60);
+/// Some 20,000 instances.
+const MAX_BYTES: usize = 64 * 1024 * 1024;
+/// A longer answer is read aside, so that DNS and admin go on meanwhile.
+const LARGE: usize = 256 * 1024;
+
+/// What a watch tells.
+pub(super) enum News {
+    /// An answer came.
+    Read { service: Service, mistakes: Vec<String> },
+    /// A question failed. What was known stays.
+    Failed { name: ServiceName, error: Error },
+    /// The watch with this number is over; nobody used the service.
+    Ended { name: ServiceName, number: u64 },
+}
+
+/// One service that is watched.
+pub(super) struct Watch {
+    /// Tells it from an earlier one of the same service.
+    number: u64,
+    client: Arc<Client>,
+    interest: Arc<Interest>,
+    tell: mpsc::Sender<News>,
+    random: fastrand::Rng,
+    known: Known,
+    /// The index of the last answer.
+    last_index: Option<u64>,
+    /// The index to wait from; none: the next question does not block.
+    wait_from: Option<u64>,
+    was_registered: bool,
+    failures: u32,
+    used: Instant,
+    acl_checked: Option<Instant>,
+}
+
+impl Watch {
+    pub(super) fn new(
+        number: u64,
+        client: Arc<Client>,
+        interest: Arc<Interest>,
+        tell: mpsc::Sender<News>,
+        random: fastrand::Rng,
+    ) -> Self {
+        let known = Known::new(interest.name().clone());
+        Watch {
+            number,
+            client,
+            interest,
+            tell,
+            random,
+            known,
+            last_index: None,
+            wait_from: None,
+            was_registered: false,
+            failures: 0,
+            used: Instant::now(),
+            acl_checked: None,
+        }
+    }
+
+    /// Watches until nobody uses the service, or nobody listens.
+    pub(super) async fn run(mut self) {
+        loop {
+            let began = Instant::now();
+            let rest_until = match self.look().await {
+                Ok(()) => began + self.spacing(),
+                Err(error) => {
+                    self.failures = self.failures.saturating_add(1);
+                    self.wait_from = None;
+                    let name = self.interest.name().clone();
+                    if self.tell.send(News::Failed { name, error }).await.is_err() {
+                        return;
+                    }
+                    let longest = if self.known.is_empty() { LONGEST_WITHOUT } else { LONGEST };
+                    Instant::now() + pause(self.failures, longest, &mut self.random)
+                }
+            };
+            if self.is_idle() {
+                let ended = News::Ended { name: self.interest.name().clone(), number: self.number };
+                let _ = self.tell.send(ended).await;
+                return;
+            }
+            let resting = sleep_until(rest_until);
+            if self.keeping(resting).await.is_none() {
+                return;
+            }
+        }
+    }
+
+    fn spacing(&mut self) -> Duration {
+        if self.known.is_empty() { spread(UNREGISTERED, &mut self.random) } else { LEAST_PAUSE }
+    }
+
+    fn is_idle(&mut self) -> bool {
+        if self.interest.was_used() {
+            self.used = Instant::now();
+        }
+        let idle = if self.known.is_empty() { IDLE_UNREGISTERED } else { IDLE };
+        // What is known is not let go while it could not be learnt again.
+        let is_away = self.failures > 0 && !self.known.is_empty();
+        !is_away && self.used.elapsed() >= idle && self.interest.retire()
+    }
+
+    /// Asks once, and tells what came.
+    async fn look(&mut self) -> Result<(), Error> {
+        let place = self.place().await;
+        let answer = self.read(place).await?;
+        let reading = parse(self.interest.name().clone(), answer.clone()).await?;
+        if reading.instances.is_empty() && reading.unreadable.is_empty() {
+            self.check_acl(answer.is_filtered).await?;
+        }
+        let went_back = matches!((answer.index, self.last_index), (Some(new), Some(old)) if new < old);
+        let after_gap = self.failures > 0 || went_back;
+        self.failures = 0;
+        self.last_index = answer.index;
+        self.wait_from = answer.index.filter(|_| !went_back);
+        let mut mistakes = reading.mistakes.clone();
+        self.known.accept(reading, after_gap, Instant::now());
+        let (service, contradiction) = self.known.service();
+        self.was_registered |= service.registered == Registered::Yes;
+        mistakes.extend(contradiction);
+        let gone = |_| Error::new(Kind::Unreachable, "nobody listens");
+        self.tell.send(News::Read { service, mistakes }).await.map_err(gone)
+    }
+
+    /// A place among the blocking queries, and the index to wait from; none: read without blocking.
+    async fn place(&mut self) -> Option<(OwnedSemaphorePermit, u64)> {
+        let index = self.wait_from.filter(|_| self.was_registered)?;
+        let slots = self.client.slots.clone();
+        let waiting = timeout(spread(POLL, &mut self.random), slots.acquire_owned());
+        Some((self.keeping(waiting).await?.ok()?.ok()?, index))
+    }
+
+    async fn read(&mut self, place: Option<(OwnedSemaphorePermit, u64)>) -> Result<Answer, Error> {
+        let name = self.interest.name().clone();
+        let permission = format!("service:read on `{name}` and node:read");
+        let path = format!("/v1/health/service/{name}?stale");
+        let mut question = Question { most: MAX_BYTES, ..Question::get(path, &permission) };
+        if let Some((_, index)) = &place {
+            let longest = if self.client.slots.available_permits() == 0 { WAIT_OF_MANY } else { WAIT };
+            let wait = longest.mul_f64(1.0 - 0.1 * self.random.f64());
+            question.path.push_str(&format!("&index={index}&wait={}s", wait.as_secs().max(1)));
+            question.patience = wait + wait / 16 + BEYOND;
+        }
+        let client = self.client.clone();
+        let of_service = |error: Error| Error { text: format!("service `{name}`: {}", error.text), ..error };
+        match self.keeping(client.ask(&question)).await {
+            Some(answer) => answer.map_err(of_service),
+            None => Err(Error::new(Kind::Unreachable, "nobody listens")),
+        }
+    }
+
+    /// Waits, and meanwhile drops the endpoints whose grace is over. None where nobody listens.
+    async fn keeping<T>(&mut self, waiting: impl Future<Output = T>) -> Option<T> {
+        let mut waiting = std::pin::pin!(waiting);
+        loop {
+            let Some(until) = self.known.kept_until() else { return Some(waiting.await) };
+            tokio::select! {
+                done = &mut waiting => return Some(done),
+                () = sleep_until(until) => {}
+            }
+            if self.known.expire(Instant::now()) {
+                let (service, _) = self.known.service();
+                self.tell.send(News::Read { service, mistakes: Vec::new() }).await.ok()?;
+            }
+        }
+    }
+
+    /// Consul answers with an empty list where an ACL hides everything; before 1.11 without a word. So an empty
+    /// answer is believed only if the token may read the service.
+    async fn check_acl(&mut self, is_filtered: bool) -> Result<(), Error> {
+        let now = Instant::now();
+        let is_known = !self.known.is_empty();
+        let due = self.acl_checked.is_none_or(|then| now.duration_since(then) >= ACL_CHECK);
+        if !is_filtered && !is_known && !due {
+            return Ok(());
+        }
+        let name = self.interest.name();
+        let asked = [
+            Access { resource: "service", access: "read", segment: name.as_str() },
+            Access { resource: "node", access: "read", segment: "" },
+        ];
+        let denied =
+            if is_filtered { Some("service:read and node:read") } else { denied(&self.client, &asked).await };
+        self.acl_checked = Some(now);
+        match denied {
+            Some(permission) => {
+                let text = format!(
+                    "service `{name}`: Consul at {} hides it; the token needs {permission} there, see docs/consul.md",
+                    self.client.shown()
+                );
+                // Asked again with the next empty answer: until then nothing may pass for unregistered.
+                self.acl_checked = None;
+                Err(Error::new(Kind::Denied, text))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+async fn parse(name: ServiceName, answer: Answer) -> Result<Reading, Error> {
+    if answer.body.len() < LARGE {
+        return health::read(&name, &answer.body);
+    }
+    let read = spawn_blocking(move || health::read(&name, &answer.body)).await;
+    read.unwrap_or_else(|_| Err(Error::new(Kind::BadAnswer, "reading the answer panicked")))
+}
+
+/// One thing that a token may or may not do.
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+pub(super) struct Access<'a> {
+    pub(super) resource: &'a str,
+    pub(super) access: &'a str,
+    pub(super) segment: &'a str,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Allowed {
+    #[serde(default)]
+    resource: String,
+    #[serde(default)]
+    access: String,
+    allow: bool,
+}
+
+/// The first of these that the token may not do, as `resource:access`. None too where this Consul does not say
+/// (no ACLs, or a version without this question).
+pub(super) async fn denied(client: &Client, asked: &[Access<'_>]) -> Option<&'static str> {
+    let body = serde_json::to_vec(asked).ok()?;
+    let path = "/v1/internal/acl/authorize".to_owned();
+    let question = Question { method: Method::POST, ..Question::put(path, body, "") };
+    let answer = client.ask(&question).await.ok()?;
+    let allowed: Vec<Allowed> = serde_json::from_slice(&answer.body).ok()?;
+    let denied = allowed.into_iter().find(|one| !one.allow)?;
+    const NAMED: [(&str, &str, &str); 4] = [
+        ("service", "read", "service:read"),
+        ("service", "write", "service:write"),
+        ("node", "read", "node:read"),
+        ("key", "read", "key:read"),
+    ];
+    let named =
+        NAMED.iter().find(|(resource, access, _)| *resource == denied.resource && *access == denied.access);
+    Some(named.map_or("more", |named| named.2))
+}

@@ -1,0 +1,10 @@
+//! Sidecars on a real Consul: they find services, survive its absence, and say what is wrong with it.
+
+#[path = "consul/acl.rs"]
+mod acl;
+#[path = "consul/answers.rs"]
+mod answers;
+#[path = "consul/discovery.rs"]
+mod discovery;
+#[path = "consul/world.rs"]
+mod world;
