@@ -6,6 +6,7 @@ mod build;
 mod check;
 mod command;
 mod live;
+mod publication;
 mod sources;
 mod stop;
 mod views;
@@ -75,6 +76,8 @@ struct Shared {
     /// Where services are asked for by name.
     registry: Arc<Registry>,
     registry_status: watch::Receiver<consul::Status>,
+    /// The client of Consul, where it is the registry.
+    consul: Option<Arc<consul::Client>>,
     virtual_addresses: Arc<VirtualAddresses>,
     upstreams: Arc<Upstreams>,
     /// How the app is reached.
@@ -89,8 +92,8 @@ struct Senders {
     directory: watch::Sender<Arc<Directory>>,
     policies: watch::Sender<Arc<Policies>>,
     registry_status: watch::Sender<consul::Status>,
-    /// The registry with what it is asked for, where there is one.
-    registry: Option<(Arc<consul::Client>, Asked)>,
+    /// What the registry is asked for, where there is one.
+    asked: Option<Asked>,
 }
 
 /// The groups that finish one after the other.

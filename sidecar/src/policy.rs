@@ -4,5 +4,6 @@
 pub mod authorization;
 pub mod budget;
 pub mod deadline;
+pub mod health;
 pub mod response;
 pub mod retry;

@@ -6,5 +6,7 @@ mod acl;
 mod answers;
 #[path = "consul/discovery.rs"]
 mod discovery;
+#[path = "consul/registration.rs"]
+mod registration;
 #[path = "consul/world.rs"]
 mod world;

@@ -81,14 +81,14 @@ impl Parts {
             ..Policy::default()
         };
         let (registry_status_sender, registry_status) = watch::channel(consul::Status::default());
-        let (registry, source) = match &config.stores.consul {
+        let (registry, consul, asked) = match &config.stores.consul {
             Some(settings) => {
                 let client = consul::Client::new(settings, telemetry.metrics().clone())
                     .map_err(|why| anyhow!("Consul cannot be asked: {why}"))?;
                 let (registry, asked) = Registry::new(directory.clone());
-                (registry, Some((client, asked)))
+                (registry, Some(client), Some(asked))
             }
-            None => (Registry::none(directory.clone()), None),
+            None => (Registry::none(directory.clone()), None, None),
         };
         let registry = Arc::new(registry);
         let upstreams =
@@ -111,6 +111,7 @@ impl Parts {
             directory,
             registry,
             registry_status,
+            consul,
             upstreams,
             app_dialer,
             config,
@@ -121,7 +122,7 @@ impl Parts {
             directory: directory_sender,
             policies: policies_sender,
             registry_status: registry_status_sender,
-            registry: source,
+            asked,
         };
         Ok(Parts { shared, sockets, command, senders, span_export, drains, drainings })
     }

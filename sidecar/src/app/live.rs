@@ -1,8 +1,8 @@
 //! Running: everything started in the order in which the sidecar becomes ready, then the wait for a reason to end.
 
-use std::{net::IpAddr, sync::Arc, thread, time::Duration};
+use std::{sync::Arc, thread, time::Duration};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use tokio::{
     net::TcpListener,
     sync::Notify,
@@ -12,15 +12,11 @@ use tokio::{
 use super::{
     Parts, Shared,
     build::Sockets,
+    publication::Publication,
     sources::{start_dns, start_faces, start_sources},
     stop::{End, asked, drain, running, signals},
     worker,
 };
-use crate::{
-    discovery::publish::{Published, Workload, publish},
-    model::Endpoint,
-};
-
 /// After this long the log says what is still missing for readiness.
 const START_PATIENCE: Duration = Duration::from_secs(30);
 /// The longest wait for the last spans and log lines.
@@ -55,12 +51,15 @@ impl Parts {
             () = ready(&shared) => None,
             () = asked(&mut signals, &drain_asked) => Some(End::Asked),
         };
-        let published = if early.is_none() { publish_workload(&shared, advertised)? } else { None };
+        let publication = match early {
+            None => Publication::of(&shared, advertised)?,
+            Some(_) => Publication::default(),
+        };
         let end = match early {
             Some(end) => end,
             None => running(command.as_deref(), &mut signals, &drain_asked).await?,
         };
-        let code = drain(&shared, drains, published, command.as_deref(), end, &mut signals).await;
+        let code = drain(&shared, drains, publication, command.as_deref(), end, &mut signals).await;
         for thread in threads {
             if thread.join().is_err() {
                 tracing::error!("a worker ended with a panic");
@@ -87,30 +86,4 @@ async fn ready(shared: &Shared) {
         }
         sleep(Duration::from_millis(2)).await;
     }
-}
-
-/// Writes our own workload where peers look for it.
-fn publish_workload(shared: &Shared, advertised: IpAddr) -> Result<Option<Published>> {
-    let config = &shared.config;
-    let (Some(folder), Some(port)) = (&config.stores.services, config.app.ports.first()) else {
-        return Ok(None);
-    };
-    if !config.stores.publish {
-        return Ok(None);
-    }
-    let identities = shared.credentials.borrow().iter().map(|credentials| credentials.id().clone()).collect();
-    let endpoint = Endpoint {
-        zone: config.own.zone.as_deref().map(Into::into),
-        ..Endpoint::at((advertised, *port).into())
-    };
-    let workload = Workload {
-        service: config.own.service.clone(),
-        instance: config.own.instance.clone(),
-        protocol: config.app.protocol,
-        identities,
-        endpoint,
-    };
-    let published = publish(folder, &workload)
-        .with_context(|| format!("cannot publish this workload in {}", folder.display()))?;
-    Ok(Some(published))
 }

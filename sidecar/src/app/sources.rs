@@ -40,8 +40,8 @@ pub(super) fn start_sources(shared: &Arc<Shared>, senders: Senders, span_export:
             tokio::spawn(keep((senders.credentials, senders.identity_status)));
         }
     }
-    let Senders { directory, registry, registry_status, policies, .. } = senders;
-    start_services(shared, directory, registry, registry_status);
+    let Senders { directory, asked, registry_status, policies, .. } = senders;
+    start_services(shared, directory, asked, registry_status);
     let (policy_mistakes, told) = watch::channel(Vec::new());
     tokio::spawn(follow_mistakes(shared.clone(), told));
     match config.stores.policies.clone() {
@@ -61,12 +61,12 @@ pub(super) fn start_sources(shared: &Arc<Shared>, senders: Senders, span_export:
 fn start_services(
     shared: &Arc<Shared>,
     directory: watch::Sender<Arc<Directory>>,
-    registry: Option<(Arc<consul::Client>, Asked)>,
+    asked: Option<Asked>,
     registry_status: watch::Sender<consul::Status>,
 ) {
     let (mistakes, told) = watch::channel(Vec::new());
     tokio::spawn(follow_mistakes(shared.clone(), told));
-    let into = match registry {
+    let into = match shared.consul.clone().zip(asked) {
         Some((client, asked)) => {
             let (files, found) = watch::channel(Arc::default());
             let random = fastrand::Rng::new();

@@ -12,8 +12,8 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use super::{Drains, Shared};
-use crate::{discovery::publish::Published, redirect::Namespace};
+use super::{Drains, Shared, publication::Publication};
+use crate::redirect::Namespace;
 
 /// How long the command may take to stop after its signal.
 const COMMAND_PATIENCE: Duration = Duration::from_secs(10);
@@ -59,7 +59,7 @@ pub(super) async fn asked(signals: &mut mpsc::Receiver<Signal>, drain_asked: &No
 pub(super) async fn drain(
     shared: &Arc<Shared>,
     drains: Drains,
-    published: Option<Published>,
+    publication: Publication,
     command: Option<&Namespace>,
     end: End,
     signals: &mut mpsc::Receiver<Signal>,
@@ -68,11 +68,7 @@ pub(super) async fn drain(
     let times = &shared.config.drain;
     shared.conditions.serving.set(false);
     let orderly = async {
-        if let Some(published) = published
-            && let Err(error) = published.withdraw().await
-        {
-            tracing::warn!("this workload cannot be taken back: {error}");
-        }
+        publication.withdraw().await;
         if let End::Command(code) = end {
             return code;
         }

@@ -28,7 +28,11 @@ pub enum Dialer {
 }
 
 impl Dialer {
-    async fn dial(&self, address: SocketAddr) -> io::Result<TcpStream> {
+    /// Dials an address there. The caller sets the time limit.
+    ///
+    /// # Errors
+    /// What `connect` says, or whoever hands the sockets out.
+    pub async fn dial(&self, address: SocketAddr) -> io::Result<TcpStream> {
         match self {
             Dialer::Direct => net::dial(address).await,
             Dialer::Handed(make) => {

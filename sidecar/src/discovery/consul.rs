@@ -8,6 +8,7 @@ mod client;
 mod error;
 mod health;
 mod known;
+mod register;
 mod token;
 mod watch;
 
@@ -34,7 +35,10 @@ use super::{
 };
 use crate::model::{Registered, Service, ServiceName};
 
-pub use self::client::Client;
+pub use self::{
+    client::Client,
+    register::{OwnRegistration, Registration, register},
+};
 
 /// Changes come in bursts: they are published together after this long.
 const BURST: Duration = Duration::from_millis(10);

@@ -6,7 +6,7 @@ use std::{fs, path::Path};
 use serde_json::json;
 use weft_tests::{Consul, Mesh, can_run, until};
 
-use super::world::{app, get, sidecar};
+use super::world::{self, app, get, sidecar};
 
 /// The policy that docs/consul.md gives to sidecars that only read.
 fn documented(heading: &str) -> String {
@@ -41,6 +41,22 @@ fn the_documented_policy_suffices_and_a_wrong_token_is_told() {
     let flags = ["--consul-token-file", &token_file];
     let sidecar = sidecar(&mesh, &client, "web", &consul.address(), &flags);
     assert_eq!(get(&client, "http://orders/"), "200 one");
+
+    // Who may only read cannot register, and is told why; who may write the own service can.
+    let own = mesh.network.folder().join("own-token");
+    fs::write(&own, &reading).expect("the token");
+    let own_file = own.display().to_string();
+    let cart_pod = mesh.network.pod("cart");
+    let _cart_app = app(&cart_pod, "cart", 8080);
+    let flags = ["--consul-token-file", &own_file, "--port", "8080", "--publish", "true"];
+    let cart = world::sidecar(&mesh, &cart_pod, "cart", &consul.address(), &flags);
+    until("the log says what is missing", || {
+        cart.process.log().contains("the token needs service:write on `cart`")
+    });
+    let rules = documented("### A sidecar that registers").replace("orders", "cart");
+    let writing = consul.token("weft-cart", &rules);
+    fs::write(&own, &writing).expect("the token");
+    until("it is registered", || consul.passing("cart").len() == 1);
 
     // A token that does not exist: Consul refuses it. What is known stays.
     write("00000000-0000-4000-8000-000000000000");

@@ -1,6 +1,6 @@
 //! What the tests with Consul share: apps that say who they are, and sidecars that know of Consul alone.
 
-use std::fs;
+use std::{fs, os::unix::fs::PermissionsExt};
 
 use weft_tests::{Mesh, Pod, Process, Sidecar, output_of, until};
 
@@ -32,10 +32,11 @@ ThreadingHTTPServer(('0.0.0.0', int(sys.argv[2])), Handler).serve_forever()
     process
 }
 
-/// A sidecar that knows of no service files, with these flags.
+/// A sidecar that sees no service files but its own, with these flags.
 pub fn sidecar(mesh: &Mesh, pod: &Pod, service: &str, consul: &str, flags: &[&str]) -> Sidecar {
-    let none = mesh.network.folder().join("none");
+    let none = mesh.network.folder().join(format!("files-of-{}", pod.netns().name()));
     fs::create_dir_all(&none).expect("an empty folder");
+    fs::set_permissions(&none, fs::Permissions::from_mode(0o777)).expect("its mode");
     let none = none.display().to_string();
     let own = ["--services-dir", &none, "--publish", "false", "--consul", consul];
     let own = own.chunks(2).filter(|pair| !flags.contains(&pair[0])).flatten().copied();

@@ -67,8 +67,11 @@ impl Error {
                 Error::new(Kind::Unavailable, format!("too many requests ({said}); it is asked again later"))
             }
             404 => Error::new(Kind::NotFound, format!("there is no such thing ({said})")),
-            // Consul before 1.11 says this with 500.
-            500 if said.contains("Unknown check") || said.contains("Unknown service") => {
+            // Consul before 1.11 says this with 500; the last of them without ACLs.
+            500 if ["Unknown check", "Unknown service", "does not have associated TTL"]
+                .iter()
+                .any(|words| said.contains(words)) =>
+            {
                 Error::new(Kind::NotFound, said)
             }
             500 if said.contains("ACL not found") || said.contains("Permission denied") => {
@@ -102,4 +105,42 @@ pub(super) fn said(body: &[u8]) -> String {
     let text = String::from_utf8_lossy(&body[..body.len().min(SHOWN * 4)]);
     let short: String = text.trim().chars().take(SHOWN).collect();
     if short.is_empty() { "without a word".to_owned() } else { short.escape_debug().to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_means_what_consul_means_by_it() {
+        for (status, body, kind, words) in [
+            (
+                403,
+                "ACL not found",
+                Kind::Denied,
+                "permission denied (ACL not found); the token needs key:read",
+            ),
+            (
+                403,
+                "Permission denied: Missing service:write on a",
+                Kind::Denied,
+                "Missing service:write on a",
+            ),
+            (500, "rpc error making call: Permission denied", Kind::Denied, "the token needs key:read"),
+            (500, "No cluster leader", Kind::Unavailable, "no leader (No cluster leader); are its servers"),
+            (500, "No known Consul servers", Kind::Unavailable, "no leader"),
+            (500, "Unknown check \"service:x\"", Kind::NotFound, "Unknown check"),
+            (500, "CheckID \"x\" does not have associated TTL", Kind::NotFound, "associated TTL"),
+            (404, "Unknown check ID", Kind::NotFound, "Unknown check ID"),
+            (503, "", Kind::Unavailable, "status 503 Service Unavailable (without a word)"),
+            (429, "a\u{7}b", Kind::Unavailable, "too many requests (a\\u{7}b)"),
+            (400, "Bad request", Kind::Refused, "status 400"),
+        ] {
+            let status = StatusCode::from_u16(status).unwrap();
+            let error = Error::of_status(status, body.as_bytes(), "key:read");
+            assert_eq!(error.kind, kind, "{error}");
+            assert!(error.text.contains(words), "{error}");
+        }
+        assert!(said(&[b'x'; 10_000]).len() <= SHOWN);
+    }
 }

@@ -1,0 +1,231 @@
+//! Our own workload, registered with the local agent (`/v1/agent/service/register`) with a check that we feed: it
+//! turns critical where no word comes within its time to live. Nothing that changes is in it, so a word that says
+//! the same wakes nobody. An agent that forgot the workload is told again; in a drain the workload is taken back.
+
+use std::{sync::Arc, time::Duration};
+
+use serde_json::{Map, Value, json};
+use tokio::{
+    sync::{oneshot, watch},
+    task::JoinHandle,
+    time::sleep,
+};
+use weft_proto::names;
+
+use super::{
+    backoff::{pause, spread},
+    client::{Client, Question},
+    error::{Error, Kind},
+};
+use crate::{discovery::publish::Workload, model::Protocol};
+
+/// Words per time to live: two may get lost.
+const WORDS_PER_TTL: u32 = 3;
+/// Longest wait for one answer of the agent, which is near.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// An agent that is away is asked again after at most this long.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+const WELL: &str = "the app answers its sidecar";
+const UNWELL: &str = "the app does not answer its sidecar";
+
+/// What is registered.
+#[derive(Debug, Clone)]
+pub struct Registration {
+    /// The workload.
+    pub workload: Workload,
+    /// Its share of the traffic; none: Consul's default, 1.
+    pub weight: Option<u16>,
+    /// It is out when no word comes for so long.
+    pub ttl: Duration,
+    /// It is forgotten when it was out for so long.
+    pub deregister_after: Duration,
+}
+
+/// A workload that is registered, or will be as soon as the agent answers.
+#[derive(Debug)]
+pub struct OwnRegistration {
+    stop: oneshot::Sender<()>,
+    task: JoinHandle<()>,
+}
+
+/// Registers the workload, and keeps it registered. `health` says whether the app is well.
+pub fn register(
+    client: Arc<Client>,
+    registration: Registration,
+    health: watch::Receiver<bool>,
+    random: fastrand::Rng,
+) -> OwnRegistration {
+    let (stop, stopped) = oneshot::channel();
+    let workload = &registration.workload;
+    let id = format!("{}-{}", workload.service, workload.instance);
+    let keeper = Keeper { client, id, registration, random, is_registered: false };
+    OwnRegistration { stop, task: tokio::spawn(keeper.run(health, stopped)) }
+}
+
+impl OwnRegistration {
+    /// Takes the workload back. It does not wait long for an agent that is away: the check runs out then.
+    pub async fn withdraw(self) {
+        drop(self.stop);
+        let _ = self.task.await;
+    }
+}
+
+struct Keeper {
+    client: Arc<Client>,
+    id: String,
+    registration: Registration,
+    random: fastrand::Rng,
+    is_registered: bool,
+}
+
+impl Keeper {
+    async fn run(mut self, mut health: watch::Receiver<bool>, mut stopped: oneshot::Receiver<()>) {
+        let mut failures = 0_u32;
+        loop {
+            let is_well = *health.borrow_and_update();
+            let rest = match self.say(is_well).await {
+                Ok(()) => {
+                    if failures > 0 {
+                        tracing::info!(id = self.id, "Consul takes our registration again");
+                    }
+                    failures = 0;
+                    self.registration.ttl / WORDS_PER_TTL
+                }
+                Err(error) => {
+                    if failures == 0 {
+                        tracing::warn!("registration of `{}`: {error}; it is tried again", self.id);
+                    }
+                    failures = failures.saturating_add(1);
+                    pause(failures, LONGEST_PAUSE, &mut self.random)
+                }
+            };
+            // Never later than meant: a word that comes late is none.
+            let rest = spread(rest.mul_f64(0.9), &mut self.random);
+            tokio::select! {
+                _ = &mut stopped => break,
+                () = sleep(rest) => {}
+                Ok(()) = health.changed() => {}
+            }
+        }
+        if let Err(error) = self.put(format!("/v1/agent/service/deregister/{}", self.id), Value::Null).await
+            && error.kind != Kind::NotFound
+        {
+            tracing::warn!("`{}` cannot be taken back: {error}; its check runs out instead", self.id);
+        }
+    }
+
+    /// Says how the app is, and registers it where the agent does not know it.
+    async fn say(&mut self, is_well: bool) -> Result<(), Error> {
+        if self.is_registered {
+            let (status, output) = if is_well { ("passing", WELL) } else { ("critical", UNWELL) };
+            let body = json!({"Status": status, "Output": output});
+            match self.put(format!("/v1/agent/check/update/service:{}", self.id), body).await {
+                Err(error) if error.kind == Kind::NotFound => {
+                    tracing::info!(id = self.id, "Consul forgot our registration: registering again");
+                    self.is_registered = false;
+                }
+                other => return other,
+            }
+        }
+        let body = document(&self.id, &self.registration, is_well);
+        self.put("/v1/agent/service/register?replace-existing-checks=true".to_owned(), body).await?;
+        self.is_registered = true;
+        tracing::info!(id = self.id, is_well, "registered in Consul");
+        Ok(())
+    }
+
+    async fn put(&self, path: String, body: Value) -> Result<(), Error> {
+        let permission = format!("service:write on `{}`", self.registration.workload.service);
+        let body = if body.is_null() { Vec::new() } else { body.to_string().into_bytes() };
+        let question = Question { patience: PATIENCE, ..Question::put(path, body, &permission) };
+        self.client.ask(&question).await.map(drop)
+    }
+}
+
+/// The registration, as the agent takes it.
+fn document(id: &str, registration: &Registration, is_well: bool) -> Value {
+    let Registration { workload, weight, ttl, deregister_after } = registration;
+    let endpoint = &workload.endpoint;
+    let seconds = |time: &Duration| format!("{}s", time.as_secs().max(1));
+    let mut document = json!({
+        "ID": id,
+        "Name": workload.service.as_str(),
+        "Address": endpoint.address.ip(),
+        "Port": endpoint.address.port(),
+        "Tags": endpoint.tags,
+        "Meta": meta(workload),
+        "Check": {
+            "CheckID": format!("service:{id}"),
+            "Name": "The app, as its sidecar sees it",
+            "TTL": format!("{}ms", ttl.as_millis()),
+            "Status": if is_well { "passing" } else { "critical" },
+            "DeregisterCriticalServiceAfter": seconds(deregister_after),
+        },
+    });
+    if let Some(weight) = weight {
+        document["Weights"] = json!({"Passing": weight, "Warning": weight});
+    }
+    document
+}
+
+fn meta(workload: &Workload) -> Map<String, Value> {
+    let identities: Vec<&str> = workload.identities.iter().map(|identity| identity.as_str()).collect();
+    let protocol = workload.protocol.map(|protocol| match protocol {
+        Protocol::Http1 => "http1",
+        Protocol::Http2 => "http2",
+        Protocol::Tls => "tls",
+        Protocol::Opaque => "tcp",
+    });
+    let endpoint = &workload.endpoint;
+    let namespace = workload.service.as_str().split_once('_').map_or("default", |(_, namespace)| namespace);
+    [
+        (names::META_IDENTITY, identities.join(",")),
+        (names::META_PROTOCOL, protocol.unwrap_or_default().to_owned()),
+        (names::META_ZONE, endpoint.zone.as_deref().unwrap_or_default().to_owned()),
+        (names::META_VERSION, endpoint.version.as_deref().unwrap_or_default().to_owned()),
+        (names::META_NAMESPACE, namespace.to_owned()),
+    ]
+    .into_iter()
+    .filter(|(_, value)| !value.is_empty())
+    .map(|(key, value)| (key.to_owned(), value.into()))
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{discovery::consul::health, model::Endpoint};
+
+    #[test]
+    fn what_we_register_others_can_read() {
+        let endpoint = Endpoint {
+            zone: Some("eu-1a".into()),
+            version: Some("1.2".into()),
+            ..Endpoint::at("[fd00::2]:8080".parse().unwrap())
+        };
+        let workload = Workload {
+            service: "orders_shop".parse().unwrap(),
+            instance: "a1".to_owned(),
+            protocol: Some(Protocol::Http2),
+            identities: vec!["spiffe://weft.local/ns/shop/sa/orders".parse().unwrap()],
+            endpoint: endpoint.clone(),
+        };
+        let (ttl, deregister_after) = (Duration::from_secs(15), Duration::from_secs(60));
+        let registration =
+            Registration { workload: workload.clone(), weight: Some(7), ttl, deregister_after };
+        let document = document("orders_shop-a1", &registration, true);
+        assert_eq!(document["Check"]["TTL"], "15000ms");
+        assert_eq!(document["Check"]["DeregisterCriticalServiceAfter"], "60s");
+        // As Consul gives it back: the registration is the service, and the check is among the checks.
+        let entry = json!([{
+            "Node": {"Node": "n", "Address": "10.0.0.1"}, "Service": document, "Checks": [document["Check"]],
+        }]);
+        let reading = health::read(&workload.service, entry.to_string().as_bytes()).unwrap();
+        assert_eq!(reading.mistakes, [""; 0]);
+        let found = &reading.instances[0];
+        assert_eq!(found.endpoint, Endpoint { weight: 7, ..endpoint });
+        assert_eq!((found.protocol, &found.identities), (workload.protocol, &workload.identities));
+        assert!(found.is_well);
+    }
+}

@@ -1,0 +1,81 @@
+//! Workloads that register themselves: found, called with the identity they registered, out when they die, back
+//! when Consul forgot them, and gone first in a drain.
+
+use nix::sys::signal::Signal;
+use weft_tests::{Consul, Mesh, Pod, Sidecar, can_run, identity, until};
+
+use super::world::{app, get, sidecar};
+
+fn registered(mesh: &Mesh, pod: &Pod, consul: &Consul<'_>, instance: &str) -> Sidecar {
+    let flags = ["--port", "8080", "--instance", instance, "--publish", "true", "--consul-ttl", "3s"];
+    sidecar(mesh, pod, "orders", &consul.address(), &[&flags[..], &["--probe-interval", "200ms"]].concat())
+}
+
+#[test]
+fn a_workload_registers_itself_and_stays_true() {
+    if !can_run(&Consul::NEEDS) {
+        return;
+    }
+    let mesh = Mesh::new();
+    let (client, one, two) = (mesh.network.pod("client"), mesh.network.pod("one"), mesh.network.pod("two"));
+    let registry = mesh.network.pod("registry");
+    let mut consul = Consul::dev(&registry, "");
+    let first_app = app(&one, "one", 8080);
+    let first = registered(&mesh, &one, &consul, "one");
+    let web = sidecar(&mesh, &client, "web", &consul.address(), &[]);
+    until("it is registered", || consul.passing("orders") == [format!("orders-one {}:8080", one.ipv4())]);
+    assert_eq!(get(&client, "http://orders/"), "200 one");
+    let endpoint = &consul.ask("GET", "/v1/health/service/orders", None).unwrap()[0];
+    assert_eq!(endpoint["Service"]["Meta"]["weft-identity"], identity("orders"));
+    until("the call had an identity", || {
+        web.access_log().iter().any(|line| line["service"] == "orders" && line["failure"].is_null())
+    });
+
+    // Its word repeats, and wakes nobody.
+    let index = || {
+        consul.ask("GET", "/v1/health/service/orders", None).unwrap()[0]["Checks"][1]["ModifyIndex"].clone()
+    };
+    let before = index();
+    let words = || {
+        let metrics = first.metrics(&one);
+        let line = metrics
+            .lines()
+            .find_map(|line| line.strip_prefix("weft_registry_requests_total{result=\"ok\"} "));
+        line.and_then(|count| count.parse::<u32>().ok()).unwrap_or_default()
+    };
+    let said = words();
+    until("it has said its word some times", || words() > said + 3);
+    assert_eq!(index(), before, "a word that says the same was written into the registry");
+
+    // A second instance is called, and killed with its app.
+    let mut second_app = app(&two, "two", 8080);
+    let mut second = registered(&mesh, &two, &consul, "two");
+    until("the second instance answers", || get(&client, "http://orders/") == "200 two");
+    second.process.signal(Signal::SIGKILL);
+    second_app.signal(Signal::SIGKILL);
+    second.process.wait();
+    second_app.wait();
+    for _ in 0..30 {
+        assert_eq!(get(&client, "http://orders/"), "200 one");
+    }
+    until("it is out of the registry", || consul.passing("orders").len() == 1);
+
+    // The app goes and comes.
+    drop(first_app);
+    until("the registry says that the app is down", || consul.passing("orders").is_empty());
+    let _first_app = app(&one, "one", 8080);
+    until("the registry says that it is back", || consul.passing("orders").len() == 1);
+
+    // Consul forgets everything.
+    consul.stop();
+    assert_eq!(get(&client, "http://orders/"), "200 one");
+    consul.start();
+    until("it is registered again", || consul.passing("orders").len() == 1);
+    assert_eq!(get(&client, "http://orders/"), "200 one");
+
+    // A drain begins with leaving the registry.
+    first.process.signal(Signal::SIGTERM);
+    until("it has left the registry", || {
+        consul.ask("GET", "/v1/health/service/orders", None).unwrap() == serde_json::json!([])
+    });
+}
