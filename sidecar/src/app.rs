@@ -127,8 +127,10 @@ impl Drains {
 struct Conditions {
     /// A valid certificate, where there is an authority.
     identity: Condition,
-    /// A first look at services and policies.
+    /// A first look at services.
     discovery: Condition,
+    /// A first look at policies in a registry.
+    policies: Condition,
     /// Listeners that are served, and no drain.
     serving: Condition,
 }

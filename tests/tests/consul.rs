@@ -6,7 +6,11 @@ mod acl;
 mod answers;
 #[path = "consul/discovery.rs"]
 mod discovery;
+#[path = "consul/policies.rs"]
+mod policies;
 #[path = "consul/registration.rs"]
 mod registration;
+#[path = "consul/tls.rs"]
+mod tls;
 #[path = "consul/world.rs"]
 mod world;

@@ -99,6 +99,7 @@ impl Parts {
             conditions: Conditions {
                 identity: readiness.condition("identity"),
                 discovery: readiness.condition("discovery"),
+                policies: readiness.condition("policies"),
                 serving: readiness.condition("serving"),
             },
             readiness,

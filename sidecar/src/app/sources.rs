@@ -6,7 +6,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use anyhow::Result;
 use tokio::{
     net::TcpListener,
-    sync::{Notify, watch},
+    sync::{Notify, oneshot, watch},
     time::{Instant, sleep},
 };
 
@@ -15,7 +15,7 @@ use crate::{
     admin::{Public, serve_private, serve_public},
     balance::Condition,
     config::document::Mistake,
-    discovery::{self, Asked, Directory, consul, dns, file},
+    discovery::{self, Asked, Directory, consul, dns, file, policies::Policies},
     identity,
     telemetry::SpanExport,
 };
@@ -42,15 +42,7 @@ pub(super) fn start_sources(shared: &Arc<Shared>, senders: Senders, span_export:
     }
     let Senders { directory, asked, registry_status, policies, .. } = senders;
     start_services(shared, directory, asked, registry_status);
-    let (policy_mistakes, told) = watch::channel(Vec::new());
-    tokio::spawn(follow_mistakes(shared.clone(), told));
-    match config.stores.policies.clone() {
-        Some(folder) => {
-            let settings = discovery::policies::Settings { folder, defaults: default_policy(config) };
-            tokio::spawn(discovery::policies::run(settings, policies, policy_mistakes));
-        }
-        None => drop(tokio::spawn(keep(policies))),
-    }
+    start_policies(shared, policies);
     tokio::spawn(shared.upstreams.clone().follow());
     tokio::spawn(count_endpoints(shared.clone()));
     tokio::spawn(follow_identity(shared.clone()));
@@ -81,6 +73,44 @@ fn start_services(
             shared.conditions.discovery.set(true);
             tokio::spawn(keep((into, mistakes)));
         }
+    }
+}
+
+/// Policies from files, and from Consul beside them.
+fn start_policies(shared: &Arc<Shared>, policies: watch::Sender<Arc<Policies>>) {
+    let config = &shared.config;
+    let (mistakes, told) = watch::channel(Vec::new());
+    tokio::spawn(follow_mistakes(shared.clone(), told));
+    let into = match shared.consul.clone() {
+        Some(client) => {
+            let (files, found) = watch::channel(Arc::default());
+            let (mistakes, told) = watch::channel(Vec::new());
+            tokio::spawn(follow_mistakes(shared.clone(), told));
+            let (looked, first_look) = oneshot::channel();
+            tokio::spawn(follow_first_look(shared.clone(), first_look));
+            let settings = consul::PolicySettings { client, defaults: default_policy(config) };
+            let random = fastrand::Rng::new();
+            tokio::spawn(consul::follow_policies(settings, found, policies, mistakes, looked, random));
+            files
+        }
+        None => {
+            shared.conditions.policies.set(true);
+            policies
+        }
+    };
+    match config.stores.policies.clone() {
+        Some(folder) => {
+            let settings = discovery::policies::Settings { folder, defaults: default_policy(config) };
+            tokio::spawn(discovery::policies::run(settings, into, mistakes));
+        }
+        None => drop(tokio::spawn(keep((into, mistakes)))),
+    }
+}
+
+/// Ready is who has looked at the policies once, with or without success: they may ask for strict mutual TLS.
+async fn follow_first_look(shared: Arc<Shared>, first_look: oneshot::Receiver<()>) {
+    if first_look.await.is_ok() {
+        shared.conditions.policies.set(true);
     }
 }
 

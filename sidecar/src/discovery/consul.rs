@@ -8,6 +8,7 @@ mod client;
 mod error;
 mod health;
 mod known;
+mod policies;
 mod register;
 mod token;
 mod watch;
@@ -37,6 +38,7 @@ use crate::model::{Registered, Service, ServiceName};
 
 pub use self::{
     client::Client,
+    policies::{PolicySettings, follow_policies},
     register::{OwnRegistration, Registration, register},
 };
 

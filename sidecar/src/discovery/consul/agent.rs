@@ -1,10 +1,14 @@
 //! One agent's HTTP interface: over TLS one HTTP/2 connection for everything, over plain HTTP some HTTP/1
-//! connections that are kept for the next question. A kept connection that turns out dead is replaced once, for
-//! every question to Consul may be asked again. Time limits are the caller's.
+//! connections that are kept for the next question. A kept connection that turns out dead is replaced once. When any
+//! connection breaks, a new term begins: behind the next one may be a Consul that lost its state, where a question
+//! that waits for an index of before would wait until its time is over. Time limits are the caller's.
 
 use std::{
     io,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -52,6 +56,8 @@ pub(super) struct Agent {
     idle: Mutex<Vec<http1::SendRequest<Body>>>,
     http2: AsyncMutex<Option<http2::SendRequest<Body>>>,
     connections: Semaphore,
+    /// How often a connection broke.
+    term: AtomicU64,
 }
 
 /// A connection for one question.
@@ -64,6 +70,8 @@ enum Connection {
 pub(super) struct Said {
     pub(super) head: hyper::http::response::Parts,
     pub(super) body: Bytes,
+    /// The term in which it was asked.
+    pub(super) term: u64,
 }
 
 impl Agent {
@@ -75,6 +83,7 @@ impl Agent {
             idle: Mutex::default(),
             http2: AsyncMutex::default(),
             connections: Semaphore::new(MOST_CONNECTIONS),
+            term: AtomicU64::new(0),
         }
     }
 
@@ -99,16 +108,24 @@ impl Agent {
         self.shown().split_once("://").map(|(_, rest)| rest.to_owned()).unwrap_or_default()
     }
 
-    /// Sends the question and reads the answer, of at most `most` bytes.
-    pub(super) async fn ask(&self, question: &Request<Body>, most: usize) -> Result<Said, Error> {
+    /// Sends the question and reads the answer, of at most `most` bytes. `waiting` is the question for the term
+    /// with this number; it is not repeated.
+    pub(super) async fn ask(
+        &self,
+        question: &Request<Body>,
+        waiting: Option<(&Request<Body>, u64)>,
+        most: usize,
+    ) -> Result<Said, Error> {
         let closed = |_| Error::new(Kind::Unreachable, "the client has ended");
         let _one_of_few = match self.tls {
             Some(_) => None,
             None => Some(self.connections.acquire().await.map_err(closed)?),
         };
         if let Some(connection) = self.kept().await {
-            match self.exchange(connection, question, most).await {
-                Err(error) if error.kind == Kind::Unreachable => {}
+            let term = self.term.load(Ordering::Relaxed);
+            let waiting = waiting.filter(|(_, then)| *then == term).map(|(waiting, _)| waiting);
+            match self.exchange(connection, waiting.unwrap_or(question), most).await {
+                Err(error) if waiting.is_none() && error.kind == Kind::Unreachable => {}
                 other => return other,
             }
         }
@@ -125,10 +142,24 @@ impl Agent {
         question: &Request<Body>,
         most: usize,
     ) -> Result<Said, Error> {
+        let said = self.exchange_once(connection, question, most).await;
+        if matches!(&said, Err(error) if error.kind == Kind::Unreachable) {
+            self.term.fetch_add(1, Ordering::Relaxed);
+        }
+        said
+    }
+
+    async fn exchange_once(
+        &self,
+        connection: Connection,
+        question: &Request<Body>,
+        most: usize,
+    ) -> Result<Said, Error> {
+        let term = self.term.load(Ordering::Relaxed);
         match connection {
             Connection::Http1(mut sender) => {
                 let answer = sender.send_request(question.clone()).await.map_err(broke)?;
-                let said = read(answer, most).await?;
+                let said = read(answer, most, term).await?;
                 if sender.ready().await.is_ok() {
                     let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
                     if idle.len() < MOST_CONNECTIONS {
@@ -138,20 +169,28 @@ impl Agent {
                 Ok(said)
             }
             Connection::Http2(mut sender) => {
-                read(sender.send_request(question.clone()).await.map_err(broke)?, most).await
+                read(sender.send_request(question.clone()).await.map_err(broke)?, most, term).await
             }
         }
     }
 
     /// A connection from before, if one still stands.
     async fn kept(&self) -> Option<Connection> {
-        if self.tls.is_some()
-            && let Some(sender) = self.http2.lock().await.as_ref()
-            && sender.is_ready()
-        {
-            return Some(Connection::Http2(sender.clone()));
+        if self.tls.is_some() {
+            let mut shared = self.http2.lock().await;
+            if let Some(sender) = shared.as_ref().filter(|sender| sender.is_ready()) {
+                return Some(Connection::Http2(sender.clone()));
+            }
+            if shared.take().is_some() {
+                self.term.fetch_add(1, Ordering::Relaxed);
+            }
         }
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = idle.len();
+        idle.retain(|sender| !sender.is_closed());
+        if idle.len() < before {
+            self.term.fetch_add(1, Ordering::Relaxed);
+        }
         std::iter::from_fn(|| idle.pop()).find(|sender| sender.is_ready()).map(Connection::Http1)
     }
 
@@ -208,7 +247,7 @@ impl Agent {
     }
 }
 
-async fn read(answer: Response<Incoming>, most: usize) -> Result<Said, Error> {
+async fn read(answer: Response<Incoming>, most: usize, term: u64) -> Result<Said, Error> {
     let (head, body) = answer.into_parts();
     match Limited::new(body, most).collect().await {
         Ok(collected) => {
@@ -219,7 +258,7 @@ async fn read(answer: Response<Incoming>, most: usize) -> Result<Said, Error> {
                 let text = format!("a web page came ({}); is a proxy in between?", said(&body));
                 return Err(Error::new(Kind::BadAnswer, text));
             }
-            Ok(Said { head, body })
+            Ok(Said { head, body, term })
         }
         Err(error) if error.is::<http_body_util::LengthLimitError>() => {
             Err(Error::new(Kind::BadAnswer, format!("the answer is longer than {most} bytes; it is refused")))

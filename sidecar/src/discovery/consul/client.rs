@@ -31,10 +31,14 @@ use crate::{
     tls::registry_client,
 };
 
-/// Blocking queries at a time over plain HTTP, each with a connection of its own.
-const PLAIN_SLOTS: usize = 32;
+/// Blocking queries for services at a time over plain HTTP, each with a connection of its own; policies have one
+/// more, which makes 32.
+const PLAIN_SLOTS: usize = 31;
 /// The same on one HTTP/2 connection: fewer than the 250 streams that Consul takes.
 const TLS_SLOTS: usize = 200;
+
+/// What a blocking query may take beyond its wait: Consul adds up to a sixteenth of its own.
+const BEYOND: Duration = Duration::from_secs(10);
 
 const TOKEN: HeaderName = HeaderName::from_static("x-consul-token");
 const INDEX: &str = "x-consul-index";
@@ -64,16 +68,36 @@ pub(super) struct Question<'a> {
     pub(super) most: usize,
     /// What an ACL must allow, for the error.
     pub(super) permission: &'a str,
+    /// What is added to wait for a change after a place in the history; it counts only there.
+    pub(super) waiting: Option<(String, Place)>,
+}
+
+/// A place in the history of what was asked: the index of an answer, and by whom it was given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Place {
+    /// Above 0.
+    pub(super) index: u64,
+    /// The agent.
+    agent: usize,
+    /// Since its connections last broke.
+    term: u64,
 }
 
 /// An answer with status 200.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Answer {
-    /// `X-Consul-Index`, where it can be used: above 0.
-    pub(super) index: Option<u64>,
+    /// From `X-Consul-Index`, where it can be used.
+    pub(super) place: Option<Place>,
     /// Consul says that an ACL hid something.
     pub(super) is_filtered: bool,
     pub(super) body: Bytes,
+}
+
+impl Place {
+    /// Was it given by the same agent, and no connection to it broke in between?
+    pub(super) fn follows(self, before: Place) -> bool {
+        (self.agent, self.term) == (before.agent, before.term)
+    }
 }
 
 impl<'a> Question<'a> {
@@ -86,7 +110,15 @@ impl<'a> Question<'a> {
             patience: Duration::from_secs(10),
             most: 1024 * 1024,
             permission,
+            waiting: None,
         }
+    }
+
+    /// The same question, as one that waits for a change after this place.
+    pub(super) fn waiting(mut self, place: Place, wait: Duration) -> Self {
+        self.waiting = Some((format!("&index={}&wait={}s", place.index, wait.as_secs().max(1)), place));
+        self.patience = wait + wait / 16 + BEYOND;
+        self
     }
 
     /// A question that changes something.
@@ -144,16 +176,19 @@ impl Client {
         let mut last = Error::new(Kind::Unreachable, "no agent is set");
         for turn in 0..self.agents.len() {
             let at = (first + turn) % self.agents.len();
-            match self.ask_one(&self.agents[at], question).await {
+            match self.ask_one(at, question).await {
                 Ok(answer) => {
                     self.current.store(at, Ordering::Relaxed);
                     return Ok(answer);
                 }
                 Err(error) => {
                     let text = format!("Consul at {}: {}", self.agents[at].shown(), error.text);
-                    let is_final = !error.kind.is_of_the_agent();
+                    let is_of_the_agent = error.kind.is_of_the_agent();
                     last = Error { text, ..error };
-                    if is_final {
+                    if is_of_the_agent {
+                        self.current.store((at + 1) % self.agents.len(), Ordering::Relaxed);
+                    }
+                    if !is_of_the_agent || question.waiting.is_some() {
                         break;
                     }
                 }
@@ -162,24 +197,30 @@ impl Client {
         Err(last)
     }
 
-    async fn ask_one(&self, agent: &Agent, question: &Question<'_>) -> Result<Answer, Error> {
-        let request = self.request(agent, question)?;
-        let said = match timeout(question.patience, agent.ask(&request, question.most)).await {
+    async fn ask_one(&self, at: usize, question: &Question<'_>) -> Result<Answer, Error> {
+        let agent = &self.agents[at];
+        let request = self.request(agent, question, "")?;
+        let waiting = match &question.waiting {
+            Some((added, place)) if place.agent == at => {
+                Some((self.request(agent, question, added)?, place.term))
+            }
+            _ => None,
+        };
+        let waiting = waiting.as_ref().map(|(request, term)| (request, *term));
+        let asking = agent.ask(&request, waiting, question.most);
+        let said = match timeout(question.patience, asking).await {
             Ok(said) => said?,
             Err(_) => {
                 let text = format!("no answer within {}", humantime::format_duration(question.patience));
                 return Err(Error::new(Kind::Unreachable, text));
             }
         };
+        let place = index(&said.head.headers).map(|index| Place { index, agent: at, term: said.term });
         if !said.head.status.is_success() {
             let mut error = Error::of_status(said.head.status, &said.body, question.permission);
             // An empty part of the KV store: there is nothing, and there is an index to wait from.
-            if error.kind == Kind::NotFound && index(&said.head.headers).is_some() && said.body.is_empty() {
-                return Ok(Answer {
-                    index: index(&said.head.headers),
-                    is_filtered: false,
-                    body: Bytes::new(),
-                });
+            if error.kind == Kind::NotFound && place.is_some() && said.body.is_empty() {
+                return Ok(Answer { place, is_filtered: false, body: Bytes::new() });
             }
             if error.kind == Kind::Denied && matches!(self.token.current(), Ok(None)) {
                 error.text.push_str("; no token is set (--consul-token-file)");
@@ -187,17 +228,23 @@ impl Client {
             return Err(error);
         }
         Ok(Answer {
-            index: index(&said.head.headers),
+            place,
             is_filtered: said.head.headers.get(FILTERED).is_some_and(|value| value == "true"),
             body: said.body,
         })
     }
 
-    fn request(&self, agent: &Agent, question: &Question<'_>) -> Result<Request<Full<Bytes>>, Error> {
+    fn request(
+        &self,
+        agent: &Agent,
+        question: &Question<'_>,
+        added: &str,
+    ) -> Result<Request<Full<Bytes>>, Error> {
         let refused = |error: hyper::http::Error| Error::new(Kind::Refused, error.to_string());
+        let origin = if agent.has_tls() { agent.shown() } else { String::new() };
         let mut request = Request::builder()
             .method(question.method.clone())
-            .uri(format!("{}{}", if agent.has_tls() { agent.shown() } else { String::new() }, question.path))
+            .uri(format!("{origin}{}{added}", question.path))
             .header(HOST, agent.authority())
             .header(USER_AGENT, concat!("weft-sidecar/", env!("CARGO_PKG_VERSION")))
             .body(Full::new(question.body.clone()))

@@ -16,7 +16,7 @@ use tokio::{
 
 use super::{
     backoff::{LONGEST, pause, spread},
-    client::{Answer, Client, Question},
+    client::{Answer, Client, Place, Question},
     error::{Error, Kind},
     health::{self, Reading},
     known::Known,
@@ -27,10 +27,8 @@ use crate::{
 };
 
 /// How long a blocking query waits for a change; shorter where others wait for its place.
-const WAIT: Duration = Duration::from_secs(300);
+pub(super) const WAIT: Duration = Duration::from_secs(300);
 const WAIT_OF_MANY: Duration = Duration::from_secs(60);
-/// Beyond its wait: Consul adds up to a sixteenth of its own.
-const BEYOND: Duration = Duration::from_secs(10);
 /// How stale a service may be that has no place among the blocking queries.
 const POLL: Duration = Duration::from_secs(10);
 /// A name that nobody registered is asked for no more often.
@@ -68,10 +66,10 @@ pub(super) struct Watch {
     tell: mpsc::Sender<News>,
     random: fastrand::Rng,
     known: Known,
-    /// The index of the last answer.
-    last_index: Option<u64>,
-    /// The index to wait from; none: the next question does not block.
-    wait_from: Option<u64>,
+    /// Of the last answer.
+    last: Option<Place>,
+    /// Where to wait from; none: the next question does not block.
+    wait_from: Option<Place>,
     was_registered: bool,
     failures: u32,
     used: Instant,
@@ -94,7 +92,7 @@ impl Watch {
             tell,
             random,
             known,
-            last_index: None,
+            last: None,
             wait_from: None,
             was_registered: false,
             failures: 0,
@@ -148,17 +146,18 @@ impl Watch {
 
     /// Asks once, and tells what came.
     async fn look(&mut self) -> Result<(), Error> {
-        let place = self.place().await;
-        let answer = self.read(place).await?;
+        let slot = self.slot().await;
+        let answer = self.read(slot).await?;
         let reading = parse(self.interest.name().clone(), answer.clone()).await?;
         if reading.instances.is_empty() && reading.unreadable.is_empty() {
             self.check_acl(answer.is_filtered).await?;
         }
-        let went_back = matches!((answer.index, self.last_index), (Some(new), Some(old)) if new < old);
-        let after_gap = self.failures > 0 || went_back;
+        let went_back = matches!((answer.place, self.last), (Some(new), Some(old)) if new.index < old.index);
+        let elsewhere = matches!((answer.place, self.last), (Some(new), Some(old)) if !new.follows(old));
+        let after_gap = self.failures > 0 || went_back || elsewhere;
         self.failures = 0;
-        self.last_index = answer.index;
-        self.wait_from = answer.index.filter(|_| !went_back);
+        self.last = answer.place;
+        self.wait_from = answer.place.filter(|_| !went_back);
         let mut mistakes = reading.mistakes.clone();
         self.known.accept(reading, after_gap, Instant::now());
         let (service, contradiction) = self.known.service();
@@ -168,24 +167,23 @@ impl Watch {
         self.tell.send(News::Read { service, mistakes }).await.map_err(gone)
     }
 
-    /// A place among the blocking queries, and the index to wait from; none: read without blocking.
-    async fn place(&mut self) -> Option<(OwnedSemaphorePermit, u64)> {
-        let index = self.wait_from.filter(|_| self.was_registered)?;
+    /// A slot among the blocking queries, and where to wait from; none: read without blocking.
+    async fn slot(&mut self) -> Option<(OwnedSemaphorePermit, Place)> {
+        let place = self.wait_from.filter(|_| self.was_registered)?;
         let slots = self.client.slots.clone();
         let waiting = timeout(spread(POLL, &mut self.random), slots.acquire_owned());
-        Some((self.keeping(waiting).await?.ok()?.ok()?, index))
+        Some((self.keeping(waiting).await?.ok()?.ok()?, place))
     }
 
-    async fn read(&mut self, place: Option<(OwnedSemaphorePermit, u64)>) -> Result<Answer, Error> {
+    async fn read(&mut self, slot: Option<(OwnedSemaphorePermit, Place)>) -> Result<Answer, Error> {
         let name = self.interest.name().clone();
         let permission = format!("service:read on `{name}` and node:read");
         let path = format!("/v1/health/service/{name}?stale");
         let mut question = Question { most: MAX_BYTES, ..Question::get(path, &permission) };
-        if let Some((_, index)) = &place {
+        if let Some((_, place)) = &slot {
             let longest = if self.client.slots.available_permits() == 0 { WAIT_OF_MANY } else { WAIT };
             let wait = longest.mul_f64(1.0 - 0.1 * self.random.f64());
-            question.path.push_str(&format!("&index={index}&wait={}s", wait.as_secs().max(1)));
-            question.patience = wait + wait / 16 + BEYOND;
+            question = question.waiting(*place, wait);
         }
         let client = self.client.clone();
         let of_service = |error: Error| Error { text: format!("service `{name}`: {}", error.text), ..error };

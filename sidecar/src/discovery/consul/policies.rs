@@ -1,0 +1,340 @@
+//! Policies from Consul's key-value store: one document per service at `weft/policies/SERVICE`, the same YAML as in
+//! the policies directory (docs/policy.md). One blocking query watches all of them. A document with a mistake is
+//! refused and reported, and the last good one stays; so does everything when Consul is away, or comes back with
+//! its state lost. A file counts before Consul.
+
+use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use serde::Deserialize;
+use tokio::{
+    sync::{oneshot, watch},
+    task::spawn_blocking,
+    time::{Instant, sleep_until},
+};
+use weft_proto::names::POLICIES_PREFIX;
+
+use super::{
+    backoff::{LONGEST, pause},
+    client::{Answer, Client, Place, Question},
+    error::{Error, Kind},
+    health::explain,
+    watch::{Access, WAIT, denied},
+};
+use crate::{
+    config::{
+        document::{EXPECTED_NAME, Mistake, Mistakes},
+        policy_document,
+    },
+    discovery::{folder::log_new, policies::Policies},
+    model::{Policy, ServiceName},
+};
+
+/// Documents, and bytes of one of them; as in a directory.
+const MAX_DOCUMENTS: usize = 10_000;
+const MAX_BYTES: usize = 1024 * 1024;
+/// All of them, as Consul sends them.
+const MAX_ANSWER: usize = 64 * 1024 * 1024;
+/// Policies that change all the time are read no more often.
+const LEAST_PAUSE: Duration = Duration::from_millis(500);
+/// Without an index nothing can be waited for.
+const WITHOUT_INDEX: Duration = Duration::from_secs(10);
+
+/// What one entry of the store is.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Entry {
+    key: String,
+    /// In base64; none for an empty value.
+    #[serde(default)]
+    value: Option<String>,
+    modify_index: u64,
+}
+
+/// Whom to ask, and what a document does not say.
+#[derive(Debug)]
+pub struct PolicySettings {
+    /// The client.
+    pub client: Arc<Client>,
+    /// What a document does not say.
+    pub defaults: Policy,
+}
+
+/// Watches the documents and publishes the policies, with those of the files, at the first look and at every
+/// change; and all mistakes that stand in the documents now. `looked` hears of the first look, whatever it found.
+/// Ends when nobody listens any more.
+pub async fn follow_policies(
+    settings: PolicySettings,
+    mut files: watch::Receiver<Arc<Policies>>,
+    policies: watch::Sender<Arc<Policies>>,
+    mistakes: watch::Sender<Vec<Mistake>>,
+    looked: oneshot::Sender<()>,
+    mut random: fastrand::Rng,
+) {
+    let PolicySettings { client, defaults } = settings;
+    let mut store = Store { defaults, documents: BTreeMap::new(), index: None };
+    let (mut looked, mut failures, mut last_error) = (Some(looked), 0_u32, None::<Mistake>);
+    let mut has_files = true;
+    // It outlives changes of files: a question that is dropped would go on in the agent.
+    let mut looking = Box::pin(look(client.clone(), Instant::now(), None, WAIT));
+    loop {
+        tokio::select! {
+            found = &mut looking => {
+                let (rest, wait_from) = match found {
+                    Ok((place, entries)) => {
+                        (failures, last_error) = (0, None);
+                        let is_later = store.take(place.map(|place| place.index), entries);
+                        (if place.is_some() { LEAST_PAUSE } else { WITHOUT_INDEX }, place.filter(|_| is_later))
+                    }
+                    Err(error) => {
+                        failures = failures.saturating_add(1);
+                        last_error = Some(mistake("", error.text));
+                        (pause(failures, LONGEST, &mut random), None)
+                    }
+                };
+                let wait = WAIT.mul_f64(1.0 - 0.1 * random.f64());
+                looking = Box::pin(look(client.clone(), Instant::now() + rest, wait_from, wait));
+                let _ = looked.take().map(|looked| looked.send(()));
+            }
+            changed = files.changed(), if has_files => has_files = changed.is_ok(),
+            () = policies.closed() => return,
+        }
+        let (newer, mut found) = store.policies(&files.borrow_and_update());
+        policies.send_if_modified(|known| {
+            let changed = **known != newer;
+            if changed {
+                *known = Arc::new(newer);
+            }
+            changed
+        });
+        found.extend(last_error.clone());
+        log_new("policy", &mistakes.borrow(), &found);
+        mistakes.send_if_modified(|known| {
+            let changed = *known != found;
+            *known = found;
+            changed
+        });
+    }
+}
+
+/// Asks once, after a rest; with an index it waits for a change. Gives the index of the answer.
+async fn look(
+    client: Arc<Client>,
+    rest_until: Instant,
+    wait_from: Option<Place>,
+    wait: Duration,
+) -> Result<(Option<Place>, Vec<Entry>), Error> {
+    sleep_until(rest_until).await;
+    let permission = format!("key:read on `{POLICIES_PREFIX}`");
+    let path = format!("/v1/kv/{POLICIES_PREFIX}?recurse&stale");
+    let mut question = Question { most: MAX_ANSWER, ..Question::get(path, &permission) };
+    if let Some(place) = wait_from {
+        question = question.waiting(place, wait);
+    }
+    let answer = client.ask(&question).await?;
+    let entries = entries(&answer).await?;
+    if entries.is_empty() {
+        check_acl(&client, &answer).await?;
+    }
+    Ok((answer.place, entries))
+}
+
+/// Consul hides what an ACL does not allow, and says there is nothing.
+async fn check_acl(client: &Client, answer: &Answer) -> Result<(), Error> {
+    let asked = [Access { resource: "key", access: "read", segment: POLICIES_PREFIX }];
+    if !answer.is_filtered && denied(client, &asked).await.is_none() {
+        return Ok(());
+    }
+    let text = format!(
+        "Consul at {} hides `{POLICIES_PREFIX}`; the token needs key:read there, see docs/consul.md",
+        client.shown()
+    );
+    Err(Error::new(Kind::Denied, text))
+}
+
+/// What is known of the documents. Pure.
+struct Store {
+    defaults: Policy,
+    documents: BTreeMap<String, Document>,
+    /// Of the last answer.
+    index: Option<u64>,
+}
+
+/// One document.
+struct Document {
+    modify_index: u64,
+    /// As last read without mistakes.
+    good: Option<(ServiceName, Arc<Policy>)>,
+    /// What is wrong with it now.
+    mistakes: Vec<Mistake>,
+}
+
+impl Store {
+    /// Takes over what is there now; after an index that went back, what is missing stays. Says whether it did not.
+    fn take(&mut self, index: Option<u64>, entries: Vec<Entry>) -> bool {
+        let lost_state = matches!((index, self.index), (Some(new), Some(old)) if new < old);
+        self.index = index;
+        let mut older = std::mem::take(&mut self.documents);
+        for entry in entries.into_iter().take(MAX_DOCUMENTS) {
+            let Some(name) = entry.key.strip_prefix(POLICIES_PREFIX) else { continue };
+            // A folder is an entry of its own in some tools.
+            if name.is_empty() || name.ends_with('/') {
+                continue;
+            }
+            let document = match older.remove(name) {
+                Some(known) if known.modify_index == entry.modify_index && !lost_state => known,
+                known => {
+                    let good = known.and_then(|known| known.good);
+                    match self.read(name, &entry) {
+                        Ok(read) => Document {
+                            modify_index: entry.modify_index,
+                            good: Some(read),
+                            mistakes: Vec::new(),
+                        },
+                        Err(mistakes) => Document { modify_index: entry.modify_index, good, mistakes },
+                    }
+                }
+            };
+            self.documents.insert(name.to_owned(), document);
+        }
+        if lost_state {
+            for (name, mut kept) in older {
+                let text =
+                    "is gone after Consul lost its state; the last one stays until it is written again"
+                        .to_owned();
+                kept.mistakes = vec![mistake(&name, text)];
+                kept.modify_index = 0;
+                self.documents.insert(name, kept);
+            }
+        } else {
+            // What was kept so is missing again, and still not deleted by anybody.
+            self.documents.extend(older.into_iter().filter(|(_, document)| document.modify_index == 0));
+        }
+        !lost_state
+    }
+
+    fn read(&self, name: &str, entry: &Entry) -> Result<(ServiceName, Arc<Policy>), Vec<Mistake>> {
+        let refuse = |text: String| vec![mistake(name, text)];
+        let service: ServiceName = name.parse().map_err(|_| {
+            refuse(format!("the key names no service; expected {POLICIES_PREFIX} and {EXPECTED_NAME}"))
+        })?;
+        let value = entry.value.as_deref().unwrap_or_default();
+        if value.len() / 4 * 3 > MAX_BYTES {
+            return Err(refuse(format!("is longer than {MAX_BYTES} bytes")));
+        }
+        let bytes =
+            BASE64_STANDARD.decode(value).map_err(|error| refuse(format!("is no base64: {error}")))?;
+        let text = String::from_utf8(bytes).map_err(|error| {
+            refuse(format!("is not UTF-8 text after byte {}", error.utf8_error().valid_up_to()))
+        })?;
+        let mut mistakes = Mistakes::new(Path::new(&shown(name)));
+        let read = policy_document::read(&text, &self.defaults, &mut mistakes);
+        let missing = || refuse("is no document".to_owned());
+        Ok((service, Arc::new(mistakes.or_else(read)?.ok_or_else(missing)?)))
+    }
+
+    /// The policies now, files first; and all mistakes.
+    fn policies(&self, files: &Policies) -> (Policies, Vec<Mistake>) {
+        let good = self.documents.values().filter_map(|document| document.good.clone());
+        let mut policies: Policies = good.collect();
+        policies.extend(files.iter().map(|(name, policy)| (name.clone(), policy.clone())));
+        let mistakes = self.documents.values().flat_map(|document| document.mistakes.iter().cloned());
+        (policies, mistakes.collect())
+    }
+}
+
+async fn entries(answer: &Answer) -> Result<Vec<Entry>, Error> {
+    if answer.body.is_empty() {
+        return Ok(Vec::new());
+    }
+    let body = answer.body.clone();
+    let read = move || match serde_json::from_slice::<Vec<Entry>>(&body) {
+        Ok(entries) => Ok(entries),
+        Err(_) => Err(explain::<Vec<Entry>>(&format!("policies in `{POLICIES_PREFIX}`"), &body)),
+    };
+    spawn_blocking(read)
+        .await
+        .unwrap_or_else(|_| Err(Error::new(Kind::BadAnswer, "reading the policies panicked")))
+}
+
+/// Where a document stands, for people.
+fn shown(name: &str) -> String {
+    let short: String = name.chars().take(150).collect();
+    format!("consul:{POLICIES_PREFIX}{}", short.escape_debug())
+}
+
+fn mistake(name: &str, text: String) -> Mistake {
+    Mistake { file: shown(name).into(), line: None, text }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store() -> Store {
+        Store { defaults: Policy::default(), documents: BTreeMap::new(), index: None }
+    }
+
+    fn entry(name: &str, modify_index: u64, text: &str) -> Entry {
+        let value = (!text.is_empty()).then(|| BASE64_STANDARD.encode(text));
+        Entry { key: format!("{POLICIES_PREFIX}{name}"), value, modify_index }
+    }
+
+    /// Attempts by service, and the mistakes.
+    fn state(store: &Store) -> (Vec<(String, u8)>, Vec<String>) {
+        let (policies, mistakes) = store.policies(&Policies::default());
+        let mut attempts: Vec<_> =
+            policies.iter().map(|(name, policy)| (name.to_string(), policy.retries.attempts)).collect();
+        attempts.sort();
+        (attempts, mistakes.iter().map(ToString::to_string).collect())
+    }
+
+    #[test]
+    fn a_bad_document_is_told_and_the_last_good_one_stays() {
+        let mut store = store();
+        store.take(
+            Some(5),
+            vec![entry("orders", 5, "retries: {attempts: 1}"), entry("", 1, ""), entry("a/", 1, "")],
+        );
+        assert_eq!(state(&store), (vec![("orders".to_owned(), 1)], Vec::new()));
+        let long = "#".repeat(5_000_000);
+        for (text, words) in [
+            ("retries: {attempts: 11}", "consul:weft/policies/orders:1: `retries.attempts` is 11"),
+            ("", "consul:weft/policies/orders"),
+            (&long, "is longer than 1048576 bytes"),
+        ] {
+            store.take(Some(6), vec![entry("orders", 6 + text.len() as u64, text)]);
+            let (attempts, mistakes) = state(&store);
+            assert_eq!(attempts, [("orders".to_owned(), 1)]);
+            assert!(mistakes.len() == 1 && mistakes[0].contains(words), "{mistakes:?}");
+        }
+        let broken = Entry { value: Some("%".to_owned()), ..entry("orders", 90, "") };
+        let binary = Entry { value: Some(BASE64_STANDARD.encode([0xff])), ..entry("cart", 90, "") };
+        store.take(Some(90), vec![broken, binary, entry("Not A Service", 1, "{}")]);
+        let (_, mistakes) = state(&store);
+        for words in ["is no base64", "cart: is not UTF-8", "names no service"] {
+            assert!(mistakes.iter().any(|mistake| mistake.contains(words)), "{words}: {mistakes:?}");
+        }
+        store.take(Some(91), vec![entry("orders", 91, "retries: {attempts: 3}")]);
+        assert_eq!(state(&store), (vec![("orders".to_owned(), 3)], Vec::new()));
+        assert!(store.take(Some(92), Vec::new()));
+        assert_eq!(state(&store).0, []);
+    }
+
+    #[test]
+    fn a_consul_that_lost_its_state_takes_no_policy_away() {
+        let mut store = store();
+        let one = |index| entry("orders", index, "retries: {attempts: 1}");
+        store.take(Some(100), vec![one(5), entry("cart", 6, "retries: {attempts: 2}")]);
+        assert!(!store.take(Some(7), vec![entry("cart", 6, "retries: {attempts: 4}")]));
+        let (attempts, mistakes) = state(&store);
+        assert_eq!(attempts, [("cart".to_owned(), 4), ("orders".to_owned(), 1)]);
+        assert!(mistakes.len() == 1 && mistakes[0].contains("orders: is gone after"), "{mistakes:?}");
+        store.take(Some(8), vec![entry("cart", 6, "retries: {attempts: 4}")]);
+        assert_eq!(state(&store).0.len(), 2, "still kept");
+        store.take(Some(9), vec![one(9)]);
+        assert_eq!(state(&store), (vec![("orders".to_owned(), 1)], Vec::new()));
+        store.take(Some(10), Vec::new());
+        assert_eq!(state(&store).0, [], "deleted by somebody");
+    }
+}
