@@ -14,7 +14,7 @@ pub struct Consul<'a> {
     arguments: Vec<String>,
     process: Option<Process>,
     token: Option<String>,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 /// The token that may do everything, where there are ACLs.
@@ -88,7 +88,7 @@ impl<'a> Consul<'a> {
         if !arguments.contains(&"-dev".to_owned()) {
             arguments.extend(["-data-dir".to_owned(), shown(folder.path().join("data"))]);
         }
-        let mut consul = Consul { pod, arguments, process: None, token, _folder: folder };
+        let mut consul = Consul { pod, arguments, process: None, token, folder };
         consul.start();
         consul
     }
@@ -118,6 +118,17 @@ impl<'a> Consul<'a> {
     /// Kills it.
     pub fn stop(&mut self) {
         self.process = None;
+    }
+
+    /// Forgets all its state, while it is stopped.
+    ///
+    /// # Panics
+    /// If the files cannot be removed.
+    pub fn wipe(&mut self) {
+        let data = self.folder.path().join("data");
+        if data.exists() {
+            fs::remove_dir_all(data).expect("the state is removed");
+        }
     }
 
     /// Its process.

@@ -4,6 +4,8 @@
 mod acl;
 #[path = "consul/answers.rs"]
 mod answers;
+#[path = "consul/cluster.rs"]
+mod cluster;
 #[path = "consul/discovery.rs"]
 mod discovery;
 #[path = "consul/policies.rs"]
