@@ -4,8 +4,12 @@
 mod acl;
 #[path = "consul/answers.rs"]
 mod answers;
+#[path = "consul/check.rs"]
+mod check;
 #[path = "consul/cluster.rs"]
 mod cluster;
+#[path = "consul/crowd.rs"]
+mod crowd;
 #[path = "consul/discovery.rs"]
 mod discovery;
 #[path = "consul/policies.rs"]

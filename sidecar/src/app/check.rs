@@ -1,6 +1,8 @@
 //! `check`: what would keep the sidecar from working here, each with the next step. It starts nothing that stays,
 //! sends no token, and changes nothing.
 
+mod registry;
+
 use std::{io, net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
 
 use tokio::{
@@ -44,6 +46,7 @@ async fn findings(config: &Config) -> Vec<Finding> {
         Err(error) => findings.push(Finding::wrong("this program", format!("{error:#}"))),
     }
     findings.push(authority(config.authority.as_ref()).await);
+    findings.extend(registry::findings(config).await);
     findings.extend(documents(config).await);
     findings.extend(strict(config).await);
     findings

@@ -6,6 +6,7 @@ mod agent;
 mod backoff;
 mod client;
 mod error;
+mod examine;
 mod health;
 mod known;
 mod policies;
@@ -38,6 +39,7 @@ use crate::model::{Registered, Service, ServiceName};
 
 pub use self::{
     client::Client,
+    examine::{Examined, examine},
     policies::{PolicySettings, follow_policies},
     register::{OwnRegistration, Registration, register},
 };

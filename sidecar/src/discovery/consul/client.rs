@@ -16,7 +16,7 @@ use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{
     HeaderMap, Method, Request,
-    header::{HOST, HeaderName, HeaderValue, USER_AGENT},
+    header::{DATE, HOST, HeaderName, HeaderValue, USER_AGENT},
 };
 use tokio::{sync::Semaphore, time::timeout};
 
@@ -66,6 +66,8 @@ pub(super) struct Question<'a> {
     pub(super) patience: Duration,
     /// The longest answer.
     pub(super) most: usize,
+    /// Without our token.
+    pub(super) is_anonymous: bool,
     /// What an ACL must allow, for the error.
     pub(super) permission: &'a str,
     /// What is added to wait for a change after a place in the history; it counts only there.
@@ -90,6 +92,8 @@ pub(super) struct Answer {
     pub(super) place: Option<Place>,
     /// Consul says that an ACL hid something.
     pub(super) is_filtered: bool,
+    /// The `Date` of the answer.
+    pub(super) date: Option<String>,
     pub(super) body: Bytes,
 }
 
@@ -109,6 +113,7 @@ impl<'a> Question<'a> {
             body: Bytes::new(),
             patience: Duration::from_secs(10),
             most: 1024 * 1024,
+            is_anonymous: false,
             permission,
             waiting: None,
         }
@@ -220,7 +225,7 @@ impl Client {
             let mut error = Error::of_status(said.head.status, &said.body, question.permission);
             // An empty part of the KV store: there is nothing, and there is an index to wait from.
             if error.kind == Kind::NotFound && place.is_some() && said.body.is_empty() {
-                return Ok(Answer { place, is_filtered: false, body: Bytes::new() });
+                return Ok(Answer { place, is_filtered: false, date: None, body: Bytes::new() });
             }
             if error.kind == Kind::Denied && matches!(self.token.current(), Ok(None)) {
                 error.text.push_str("; no token is set (--consul-token-file)");
@@ -230,6 +235,7 @@ impl Client {
         Ok(Answer {
             place,
             is_filtered: said.head.headers.get(FILTERED).is_some_and(|value| value == "true"),
+            date: said.head.headers.get(DATE).and_then(|date| date.to_str().ok()).map(str::to_owned),
             body: said.body,
         })
     }
@@ -250,7 +256,7 @@ impl Client {
             .body(Full::new(question.body.clone()))
             .map_err(refused)?;
         let token = self.token.current().map_err(|why| Error::new(Kind::Denied, why))?;
-        if let Some(token) = token {
+        if let Some(token) = token.filter(|_| !question.is_anonymous) {
             request.headers_mut().insert(TOKEN, token);
         }
         Ok(request)

@@ -1,0 +1,108 @@
+//! What `check` wants to know of Consul: is it there, has it a leader, what may we do, what may anybody do, do the
+//! clocks agree, and what does it say of our own workload. It reads only.
+
+use std::time::SystemTime;
+
+use hyper::Method;
+use serde_json::Value;
+use time::{OffsetDateTime, format_description::well_known::Rfc2822};
+use weft_proto::{names::POLICIES_PREFIX, spiffe::SpiffeId};
+
+use super::{
+    client::{Client, Question},
+    error::Error,
+    health,
+    watch::{Access, denied},
+};
+use crate::model::ServiceName;
+
+/// What was found.
+#[derive(Debug)]
+pub struct Examined {
+    /// The agent that answered.
+    pub agent: String,
+    /// The address of the leader; none: there is none.
+    pub leader: Option<String>,
+    /// How far Consul's clock is ahead of ours, in seconds; none where it does not say.
+    pub clock_ahead: Option<i64>,
+    /// May whoever has no token register under our name? None where this Consul does not say.
+    pub anybody_may_register: Option<bool>,
+    /// What our token may not do, as `service:read on …`.
+    pub missing: Vec<String>,
+    /// Identities of our own service, by instance; none where it could not be read.
+    pub own: Option<Vec<(String, Vec<SpiffeId>)>>,
+}
+
+/// Asks Consul what `check` wants to know. `registers`: our workload is to be registered.
+///
+/// # Errors
+/// Where no agent answers.
+pub async fn examine(client: &Client, own: &ServiceName, registers: bool) -> Result<Examined, Error> {
+    let leader = client.ask(&Question::get("/v1/status/leader".to_owned(), "")).await?;
+    let address = serde_json::from_slice::<String>(&leader.body).unwrap_or_default();
+    Ok(Examined {
+        agent: client.shown(),
+        leader: Some(address).filter(|address| !address.is_empty()),
+        clock_ahead: leader.date.as_deref().and_then(ahead),
+        anybody_may_register: anybody_may_register(client, own).await,
+        missing: missing(client, own, registers).await,
+        own: own_instances(client, own).await,
+    })
+}
+
+async fn missing(client: &Client, own: &ServiceName, registers: bool) -> Vec<String> {
+    let wanted = [
+        ("service:read", "service", "read", ""),
+        ("node:read", "node", "read", ""),
+        ("key:read", "key", "read", POLICIES_PREFIX),
+        ("service:write", "service", "write", own.as_str()),
+    ];
+    let mut missing = Vec::new();
+    for (named, resource, access, segment) in &wanted[..if registers { 4 } else { 3 }] {
+        if denied(client, &[Access { resource, access, segment }]).await.is_some() {
+            let place = if segment.is_empty() { "everything" } else { segment };
+            missing.push(format!("{named} on {place}"));
+        }
+    }
+    missing
+}
+
+/// Consul without ACLs answers that they are off, and then anybody may.
+async fn anybody_may_register(client: &Client, own: &ServiceName) -> Option<bool> {
+    let access = [Access { resource: "service", access: "write", segment: own.as_str() }];
+    let body = serde_json::to_vec(&access).ok()?;
+    let path = "/v1/internal/acl/authorize".to_owned();
+    let question = Question { method: Method::POST, is_anonymous: true, ..Question::put(path, body, "") };
+    match client.ask(&question).await {
+        Ok(answer) => serde_json::from_slice::<Value>(&answer.body).ok()?[0]["Allow"].as_bool(),
+        Err(error) if error.text.contains("ACL support disabled") => Some(true),
+        Err(_) => None,
+    }
+}
+
+async fn own_instances(client: &Client, own: &ServiceName) -> Option<Vec<(String, Vec<SpiffeId>)>> {
+    let path = format!("/v1/health/service/{own}?stale");
+    let question = Question { most: 64 * 1024 * 1024, ..Question::get(path, "") };
+    let answer = client.ask(&question).await.ok()?;
+    let reading = health::read(own, &answer.body).ok()?;
+    let instances = reading.instances.into_iter();
+    Some(instances.map(|instance| (instance.key.1.to_string(), instance.identities)).collect())
+}
+
+/// How many seconds this HTTP date is ahead of our clock.
+fn ahead(date: &str) -> Option<i64> {
+    let theirs = OffsetDateTime::parse(date, &Rfc2822).ok()?;
+    Some((theirs - OffsetDateTime::from(SystemTime::now())).whole_seconds())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_date_of_http_is_read() {
+        let ahead = ahead("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
+        assert!(ahead < -900_000_000, "{ahead}");
+        assert_eq!(super::ahead("yesterday"), None);
+    }
+}
