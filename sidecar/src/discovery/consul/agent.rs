@@ -38,8 +38,6 @@ use crate::{
 /// What is offered in TLS (ALPN).
 pub(super) const PROTOCOLS: [&[u8]; 2] = [HTTP2, b"http/1.1"];
 const HTTP2: &[u8] = b"h2";
-/// HTTP/1 connections at a time: an agent takes 200 of one client address and drops the rest without a word.
-const MOST_CONNECTIONS: usize = 40;
 /// TCP and TLS together.
 const CONNECT: Duration = Duration::from_secs(3);
 /// A silent HTTP/2 connection is probed after this long.
@@ -56,6 +54,7 @@ pub(super) struct Agent {
     idle: Mutex<Vec<http1::SendRequest<Body>>>,
     http2: AsyncMutex<Option<http2::SendRequest<Body>>>,
     connections: Semaphore,
+    most_connections: usize,
     /// How often a connection broke.
     term: AtomicU64,
 }
@@ -75,14 +74,19 @@ pub(super) struct Said {
 }
 
 impl Agent {
-    /// `tls` with the name that its certificate must have; none: plain HTTP.
-    pub(super) fn new(address: ConsulAddress, tls: Option<(Arc<ClientConfig>, String)>) -> Self {
+    /// `tls` with the name that its certificate must have; none: plain HTTP, with at most so many connections.
+    pub(super) fn new(
+        address: ConsulAddress,
+        tls: Option<(Arc<ClientConfig>, String)>,
+        most_connections: usize,
+    ) -> Self {
         Agent {
             address,
             tls,
             idle: Mutex::default(),
             http2: AsyncMutex::default(),
-            connections: Semaphore::new(MOST_CONNECTIONS),
+            connections: Semaphore::new(most_connections),
+            most_connections,
             term: AtomicU64::new(0),
         }
     }
@@ -133,7 +137,18 @@ impl Agent {
             Ok(connected) => connected?,
             Err(_) => return Err(unreachable(format!("cannot be connected within {CONNECT:?}"))),
         };
-        self.exchange(connection, question, most).await
+        let is_new = |error: Error| match error.kind {
+            // An agent takes 200 connections of one client address, and closes the rest without a word.
+            Kind::Unreachable => Error {
+                text: format!(
+                    "{}, and it was new; are there too many from this address (limits.http_max_conns_per_client)?",
+                    error.text
+                ),
+                ..error
+            },
+            _ => error,
+        };
+        self.exchange(connection, question, most).await.map_err(is_new)
     }
 
     async fn exchange(
@@ -162,7 +177,7 @@ impl Agent {
                 let said = read(answer, most, term).await?;
                 if sender.ready().await.is_ok() {
                     let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-                    if idle.len() < MOST_CONNECTIONS {
+                    if idle.len() < self.most_connections {
                         idle.push(sender);
                     }
                 }

@@ -4,6 +4,7 @@
 
 use std::{
     fmt,
+    net::IpAddr,
     path::Path,
     sync::{
         Arc,
@@ -26,7 +27,7 @@ use super::{
     token::Token,
 };
 use crate::{
-    config::{Consul, ConsulTls},
+    config::{Consul, ConsulAddress, ConsulTls},
     telemetry::Metrics,
     tls::registry_client,
 };
@@ -34,6 +35,11 @@ use crate::{
 /// Blocking queries for services at a time over plain HTTP, each with a connection of its own; policies have one
 /// more, which makes 32.
 const PLAIN_SLOTS: usize = 31;
+/// The same towards an agent on loopback, whose bound of connections all sidecars of the host share.
+const LOOPBACK_SLOTS: usize = 11;
+/// HTTP/1 connections beside the blocking queries for services: one for policies, the others for what is answered
+/// at once.
+const BESIDE: usize = 5;
 /// The same on one HTTP/2 connection: fewer than the 250 streams that Consul takes.
 const TLS_SLOTS: usize = 200;
 
@@ -149,17 +155,23 @@ impl Client {
         } else {
             None
         };
-        let agent = |address: &crate::config::ConsulAddress| {
+        let agent = |address: &ConsulAddress| {
             let name = server_name.clone().unwrap_or_else(|| address.host.clone());
             let tls = tls.clone().filter(|_| address.tls).map(|config| (config, name));
-            Agent::new(address.clone(), tls)
+            // The blocking queries, one for policies, and a few that are answered at once.
+            let connections = if is_loopback(address) { LOOPBACK_SLOTS } else { PLAIN_SLOTS } + BESIDE;
+            Agent::new(address.clone(), tls, connections)
         };
-        let all_tls = settings.addresses.iter().all(|address| address.tls);
+        let slots = settings.addresses.iter().map(|address| match (address.tls, is_loopback(address)) {
+            (true, _) => TLS_SLOTS,
+            (false, true) => LOOPBACK_SLOTS,
+            (false, false) => PLAIN_SLOTS,
+        });
         Ok(Arc::new(Client {
             agents: settings.addresses.iter().map(agent).collect(),
             current: AtomicUsize::new(0),
             token: Token::new(settings.token.clone()),
-            slots: Arc::new(Semaphore::new(if all_tls { TLS_SLOTS } else { PLAIN_SLOTS })),
+            slots: Arc::new(Semaphore::new(slots.min().unwrap_or(LOOPBACK_SLOTS))),
             metrics,
         }))
     }
@@ -261,6 +273,11 @@ impl Client {
         }
         Ok(request)
     }
+}
+
+fn is_loopback(address: &ConsulAddress) -> bool {
+    let host = &address.host;
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.to_canonical().is_loopback())
 }
 
 /// An index of 0 would make a blocking query return at once, for ever (Consul's documentation, "Implementation
