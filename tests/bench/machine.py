@@ -21,6 +21,7 @@ PATIENCE = 30  # seconds for anything to start
 STOP_PATIENCE = 5  # seconds for everything to stop by itself
 FILES = 200_000  # descriptors: some cases hold tens of thousands of connections
 PREFIX = "wbench"
+PROXY_PORTS = "15000-15099"  # where proxies listen, their admin included
 CLONE_NEWNET = 0x40000000
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -180,6 +181,8 @@ class Machine:
             end.run(["ip", "route", "add", "default", "via", other.address])
             with end.entered():
                 write("/proc/sys/net/ipv4/ip_local_port_range", "10240 65535")
+                # a connection that happens to get a port of a proxy would keep the next one from starting
+                write("/proc/sys/net/ipv4/ip_local_reserved_ports", PROXY_PORTS)
                 write("/proc/sys/net/ipv4/tcp_max_syn_backlog", "16384")
                 write("/proc/sys/net/core/somaxconn", "16384")
                 # a port may be used again at once: many cases open tens of thousands of connections
