@@ -15,6 +15,7 @@ import time
 import urllib.parse
 
 from mesh import Asked, Failed, Mesh, Signals, identity, wait
+from registry import TIME_TO_LIVE
 from seeing import Receiver, bold, dim, green, red, root_of, show_tree, total, values_of
 from strangers import plaintext_answer, tls_answer, version_of
 
@@ -60,6 +61,22 @@ class Story:
             if proven != identity(workload.service):
                 self.check(False, f"{workload.instance} has its identity", f"it has {proven}")
         print(f"    {'visitor':10}{'curl':23}{'(nobody calls it)':21}{identity('visitor')}")
+        if mesh.consul:
+            self.registered()
+
+    def registered(self):
+        """What Consul knows, where it is the registry."""
+        consul, good = self.mesh.consul, True
+        print(f"\n    Consul at {consul.url} knows, and there are no service files:\n")
+        print(dim(f"    {'service':10}{'instance':11}{'address':21}{'health':10}identity to expect there"))
+        for service in ("web", "orders", "stock", "redis"):
+            known = consul.instances(service)
+            for instance, address, health, expected in known:
+                print(f"    {service:10}{instance:11}{address:21}{health:10}{expected}")
+            workloads = [w for w in self.mesh.workloads.values() if w.service == service]
+            wanted = sorted((w.instance, w.endpoint(), "passing", identity(service)) for w in workloads)
+            good &= known == wanted
+        self.check(good, "all five workloads registered themselves in Consul, and are well")
 
     # --- 2 ---------------------------------------------------------------------------------------------------
 
@@ -204,6 +221,18 @@ class Story:
         )
         self.retried(known, victim, survivor)
         self.moved(before)
+        if mesh.consul:
+            self.is_out(victim, survivor)
+
+    def is_out(self, victim, survivor):
+        consul = self.mesh.consul
+        text = f"Consul has orders-1 as critical, {TIME_TO_LIVE} after its last word, and orders-2 as passing"
+        try:
+            wait("Consul has noticed", lambda: consul.health(victim) in ("critical", None))
+        except Failed:
+            return self.check(False, text, f"orders-1 is {consul.health(victim)}")
+        health = consul.health(survivor)
+        self.check(health == "passing", text, f"orders-2 is {health}")
 
     def retried(self, known, victim, survivor):
         """A request whose first attempt met the dead instance."""
@@ -362,6 +391,7 @@ def arguments():
     parser = argparse.ArgumentParser(prog="demo.py", description="Started by deploy/local/demo.")
     parser.add_argument("--binaries", required=True)
     parser.add_argument("--trace-file", default="")
+    parser.add_argument("--consul", action="store_true")
     parser.add_argument("--stay", action="store_true")
     parser.add_argument("--otlp", metavar="URL")
     given = parser.parse_args()
@@ -381,7 +411,7 @@ def main():
     began = time.monotonic()
     mesh, story, code = None, None, 1
     try:
-        mesh = Mesh(given.binaries, Signals())
+        mesh = Mesh(given.binaries, Signals(), given.consul)
         story = Story(mesh, Receiver(mesh.address(1), given.otlp))
         print(bold("Weft: the mesh on one machine") + dim(f"  (as user {os.getuid()})"))
         print(dim(f"Its files: {mesh.folder}"))

@@ -19,6 +19,7 @@ import time
 import urllib.request
 
 from apps import write_app_files
+from registry import PORT as CONSUL_PORT, SERVER_PORTS, Consul
 
 TRUST_DOMAIN = "demo"
 PATIENCE = 30  # seconds for anything to start
@@ -106,7 +107,7 @@ class Mesh:
 
     app_port = APP_PORT
 
-    def __init__(self, binaries, signals):
+    def __init__(self, binaries, signals, with_consul=False):
         self.signals = signals
         self.sidecar = os.path.join(os.path.abspath(binaries), "weft-sidecar")
         self.ca = os.path.join(os.path.abspath(binaries), "weft-ca")
@@ -115,6 +116,7 @@ class Mesh:
             self.folder = tempfile.mkdtemp(prefix="weft-demo-")
         self.network = free_network()
         self.authority = f"{self.address(1)}:15080"
+        self.consul = Consul(self.address(1)) if with_consul else None
         self.environment = self.clean_environment()
         self.workloads = self.plan()
 
@@ -223,14 +225,27 @@ class Mesh:
                 return DIRECT.open(f"http://{admin}/ready", timeout=1).status == 200
 
         wait("the authority is ready", is_ready)
+        if self.consul:
+            self.start_consul()
+
+    def start_consul(self):
+        log = self.path("consul.log")
+        self.consul.process = self.start(self.consul.command(), log)
+
+        def is_ready():
+            self.alive(self.consul.process, "the Consul agent", log)
+            return self.consul.is_ready()
+
+        wait("the Consul agent is ready", is_ready, lambda: tail(log))
 
     def exec_arguments(self, service, address):
         """What every sidecar of the demo is told."""
+        registry = self.consul.flags() if self.consul else ["--services-dir", self.path("services")]
         return [
-            self.sidecar, "exec", "--service", service, "--advertise", address,
+            self.sidecar, "exec", "--service", service, "--advertise", address, *registry,
             "--authority", self.authority, "--authority-sha256", self.root_sha256,
             "--token-file", self.path("tokens", service),
-            "--services-dir", self.path("services"), "--policies-dir", self.path("policies"),
+            "--policies-dir", self.path("policies"),
             "--mtls", "strict", "--access-log", "all",
             "--settle-time", "50ms", "--drain-timeout", "2s",
         ]  # fmt: skip
@@ -248,12 +263,17 @@ class Mesh:
 
     def wait_for(self, workload):
         """Until its app listens, and peers know where."""
-        published = self.path("services", f"{workload.service}.{workload.instance}.yaml")
+        file = self.path("services", f"{workload.service}.{workload.instance}.yaml")
+
+        def published():
+            if self.consul:
+                return self.consul.health(workload) == "passing"
+            return os.path.exists(file)
 
         def listens():
             self.alive(workload.process, workload.instance, workload.log)
             with open(workload.log, errors="replace") as log:
-                return os.path.exists(published) and workload.ready_line.lower() in log.read().lower()
+                return workload.ready_line.lower() in log.read().lower() and published()
 
         wait(f"{workload.instance} listens", listens, lambda: tail(workload.log))
 
@@ -351,29 +371,38 @@ class Mesh:
         """Ends everything, asking first, and removes the folder. Gives the names of what had to be killed."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        stubborn = []
-        for process in self.processes:
-            if process.poll() is None:
-                process.terminate()
-        deadline = time.monotonic() + STOP_PATIENCE
-        for process in self.processes:
-            try:
-                process.wait(max(0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                stubborn.append(shlex.join(process.args[3:6]))
-            # whatever is left of its session
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        # the registry after those who leave it
+        agent = [self.consul.process] if self.consul and self.consul.process else []
+        others = [process for process in self.processes if process not in agent]
+        stubborn = end(others) + end(agent)
         shutil.rmtree(self.folder, ignore_errors=True)
         return stubborn
+
+
+def end(processes):
+    """Asks them to end, and kills those that do not. Gives the names of these."""
+    stubborn = []
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + STOP_PATIENCE
+    for process in processes:
+        try:
+            process.wait(max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            stubborn.append(shlex.join(process.args[3:6]))
+        # whatever is left of its session
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return stubborn
 
 
 def free_network():
     """A part of 127.0.0.0/8 where nobody listens on the ports that we need."""
     for _ in range(50):
         network = f"127.{random.randrange(16, 250)}.{random.randrange(1, 250)}"
-        wanted = [(1, 15080), (1, 15081), (1, 4318)]
+        wanted = [(1, port) for port in (15080, 15081, 4318, CONSUL_PORT, *SERVER_PORTS)]
         wanted += [(number, port) for number in range(2, 7) for port in (APP_PORT, 6379, ADMIN_PORT)]
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for number, port in wanted:
@@ -382,7 +411,8 @@ def free_network():
                 listener.bind((f"{network}.{number}", port))
             return network
     raise Failed(
-        "ports 4318, 6379, 8080, 15020, 15080 and 15081 are taken on every loopback address that was tried"
+        "ports 4318, 6379, 8080, 8300, 8301, 8500, 15020, 15080 and 15081 are taken on every loopback address "
+        "that was tried"
     )
 
 

@@ -41,7 +41,7 @@ struct Demo {
 }
 
 impl Demo {
-    fn start(uid: u32) -> Demo {
+    fn start(uid: u32, options: &[&str]) -> Demo {
         let folder = TempDir::with_prefix("weft-demo-test-").expect("a temporary folder");
         let path = folder.path();
         fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("its mode");
@@ -61,7 +61,7 @@ impl Demo {
         let mut command = Command::new("setpriv");
         command.args(["--reuid", &id, "--regid", &id, "--clear-groups", "--"]);
         command.arg(path.join("demo")).arg("--binaries").arg(path);
-        command.arg("--trace-file").arg(path.join("own/trace.json"));
+        command.arg("--trace-file").arg(path.join("own/trace.json")).args(options);
         // a user without a home; and settings of somebody else, which must not matter
         command.env("HOME", "/nonexistent").env("TMPDIR", path.join("own"));
         command
@@ -124,8 +124,8 @@ impl Demo {
     }
 }
 
-fn runs_to_its_end(uid: u32) {
-    let mut demo = Demo::start(uid);
+fn runs_to_its_end(uid: u32, options: &[&str]) -> String {
+    let mut demo = Demo::start(uid, options);
     demo.wait_for("2. One request");
     assert!(
         demo.left_running().len() > 10,
@@ -142,6 +142,7 @@ fn runs_to_its_end(uid: u32) {
     demo.left_nothing(&["trace.json"]);
     let text = fs::read_to_string(demo.own().join("trace.json")).expect("the trace file");
     traces_are_trees(&serde_json::from_str(&text).expect("JSON"));
+    log
 }
 
 struct Span<'a> {
@@ -192,8 +193,8 @@ fn traces_are_trees(file: &Value) {
     assert!(matches!(retries[..], [spans] if spans > CALM_SPANS), "traces with a retry: {retries:?}");
 }
 
-fn is_stopped(signal: Signal, at: &str) {
-    let mut demo = Demo::start(ORDINARY_USER);
+fn is_stopped(signal: Signal, at: &str, options: &[&str]) {
+    let mut demo = Demo::start(ORDINARY_USER, options);
     demo.wait_for(at);
     demo.process.signal(signal);
     let status = demo.end();
@@ -204,29 +205,39 @@ fn is_stopped(signal: Signal, at: &str) {
 #[test]
 fn it_works_as_root() {
     if can_run(&NEEDS) {
-        runs_to_its_end(0);
+        runs_to_its_end(0, &[]);
     }
 }
 
 #[test]
 fn it_works_as_an_ordinary_user() {
     if can_run(&NEEDS) {
-        runs_to_its_end(ORDINARY_USER);
+        runs_to_its_end(ORDINARY_USER, &[]);
+    }
+}
+
+#[test]
+fn it_works_on_a_consul_of_its_own_and_takes_it_along() {
+    if can_run(&NEEDS) && can_run(&[Need::Program("consul", "consul")]) {
+        let log = runs_to_its_end(ORDINARY_USER, &["--consul"]);
+        assert_eq!(log.lines().filter(|line| line.contains("  passing  ")).count(), 5, "{log}");
+        assert!(log.contains("Consul has orders-1 as critical"), "{log}");
+        is_stopped(Signal::SIGINT, "Consul at http://", &["--consul"]);
     }
 }
 
 #[test]
 fn ctrl_c_in_the_middle_leaves_nothing() {
     if can_run(&NEEDS) {
-        is_stopped(Signal::SIGINT, "1. Who is who");
-        is_stopped(Signal::SIGINT, "4. kill -9");
+        is_stopped(Signal::SIGINT, "1. Who is who", &[]);
+        is_stopped(Signal::SIGINT, "4. kill -9", &[]);
     }
 }
 
 #[test]
 fn a_termination_in_the_middle_leaves_nothing() {
     if can_run(&NEEDS) {
-        is_stopped(Signal::SIGTERM, "2. One request");
+        is_stopped(Signal::SIGTERM, "2. One request", &[]);
     }
 }
 
@@ -234,7 +245,7 @@ fn a_termination_in_the_middle_leaves_nothing() {
 #[test]
 fn nothing_outlives_a_killed_demo() {
     if can_run(&NEEDS) {
-        let mut demo = Demo::start(ORDINARY_USER);
+        let mut demo = Demo::start(ORDINARY_USER, &[]);
         demo.wait_for("3. Strangers");
         demo.process.signal(Signal::SIGKILL);
         demo.end();
