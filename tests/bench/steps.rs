@@ -21,7 +21,7 @@ use weft_sidecar::{
     detect,
     discovery::{Directory, VirtualAddresses},
     http::headers,
-    model::{Breaker, Budget, Endpoint, HttpVersion, Protocol, Retries, Service},
+    model::{Breaker, Budget, Endpoint, HttpVersion, Protocol, Registered, Retries, Service},
     policy::{budget::Bucket, deadline::Deadline, retry},
     telemetry::{
         AccessLog, AccessLogTarget, Cut, Direction, Incoming, Metrics, Propagators, Record, Sampler,
@@ -141,6 +141,7 @@ fn directory() -> Directory {
         identities: Vec::new(),
         addresses: vec![SocketAddr::new(Ipv4Addr::from_bits(0xac10_0000 + number).into(), 80)],
         endpoints: endpoints(number * 10, 10),
+        registered: Registered::Yes,
     };
     Directory::new((0..1_000).map(service).collect())
 }
