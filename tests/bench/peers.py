@@ -313,6 +313,7 @@ def plan_of(path, number, entry):
             "server": place.server.address,
             "service": place.service,
             "otlp": f"{place.server.address}:{OTLP_PORT}",
+            "programs": os.path.dirname(place.tools["bench-peer"]),
         }
         fill = lambda text: re.sub(r"\{(\w+)\}", lambda m: words.get(m[1], m[0]), text)  # noqa: E731
         if "setup" in entry:

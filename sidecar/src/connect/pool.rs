@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    hash::{Hash, Hasher},
+    hash::{BuildHasherDefault, Hash, Hasher},
     io,
     net::SocketAddr,
     sync::{
@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use fnv::FnvHasher;
 use hyper::{
     Request, Response,
     body::Incoming,
@@ -89,8 +90,11 @@ const PING_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct Pool {
     connector: Connector,
     metrics: Arc<Metrics>,
-    shelves: Mutex<HashMap<Key, Shelf>>,
+    shelves: Mutex<Shelves>,
 }
+
+/// Asked at every request; the keys come from the registry and not from strangers, so a short hash will do.
+type Shelves = HashMap<Key, Shelf, BuildHasherDefault<FnvHasher>>;
 
 #[derive(Default)]
 struct Shelf {
@@ -142,7 +146,7 @@ pub struct InUse {
 impl Pool {
     /// An empty pool that dials with `connector`.
     pub fn new(connector: Connector, metrics: Arc<Metrics>) -> Arc<Self> {
-        Arc::new(Pool { connector, metrics, shelves: Mutex::new(HashMap::new()) })
+        Arc::new(Pool { connector, metrics, shelves: Mutex::default() })
     }
 
     /// Lends a connection, dialling within `limit` where none is free.
@@ -284,7 +288,7 @@ impl Pool {
         });
     }
 
-    fn shelves(&self) -> MutexGuard<'_, HashMap<Key, Shelf>> {
+    fn shelves(&self) -> MutexGuard<'_, Shelves> {
         self.shelves.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

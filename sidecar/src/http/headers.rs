@@ -139,8 +139,9 @@ pub fn remove_per_hop(headers: &mut HeaderMap) {
     if headers.contains_key(header::CONNECTION) {
         remove_named_by_connection(headers);
     }
-    for name in &PER_HOP {
-        headers.remove(name);
+    // Looking through them once costs less than to ask for each, and most messages have none.
+    if headers.keys().any(|name| PER_HOP.contains(name)) {
+        PER_HOP.iter().for_each(|name| drop(headers.remove(name)));
     }
     if let Some(te) = headers.get(header::TE) {
         if te.as_bytes().split(|byte| *byte == b',').any(|part| part.trim_ascii() == b"trailers") {
@@ -282,6 +283,14 @@ fn uri(scheme: Option<Scheme>, authority: Option<Authority>, path: PathAndQuery)
     parts.path_and_query = Some(path);
     Uri::from_parts(parts)
         .map_err(|error| Failed::new(Failure::BadRequest, format!("request target: {error}")))
+}
+
+/// A value that is different on every request: not worth a place in HTTP/2's table of fields (RFC 7541 7.1.3), where
+/// it would push out those that stay.
+pub fn passing(text: String) -> Option<HeaderValue> {
+    let mut value = HeaderValue::try_from(text).ok()?;
+    value.set_sensitive(true);
+    Some(value)
 }
 
 /// A header as text, where there is one and it is text.

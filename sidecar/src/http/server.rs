@@ -142,7 +142,9 @@ where
         }
     };
     let ended = tokio::select! {
+        biased;
         ended = connection.as_mut() => ended,
+        () = timer.keep_time() => return Ok(()),
         () = looking => return Ok(()),
         why = stop => {
             connection.as_mut().graceful_shutdown();
@@ -187,6 +189,7 @@ where
     let mut connection = std::pin::pin!(http2(limits).serve_connection(TokioIo::new(stream), service));
     // None: the client took back too much.
     let why = tokio::select! {
+        biased;
         ended = connection.as_mut() => return ended.map_err(|error| client_failure(&error)),
         why = stop => Some(why),
         () = streams.idle_for(limits.idle_timeout) => Some(Failed::new(Failure::Draining, "it was idle")),

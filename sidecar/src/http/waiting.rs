@@ -2,10 +2,13 @@
 //! one time for both and asks its timer for it when it begins to wait; this timer gives the idle time, and cuts
 //! it short at the first byte that comes. A client that trickles its head (slowloris) thus gets no more time
 //! than one that sends half of it and stops. RFC 9112 9.5 leaves both times to us.
+//!
+//! hyper asks anew for each request. A timer of tokio's for each would cost more than the rest of the waiting, so the
+//! connection has one ([`HeadTimer::keep_time`]), which is set again only when it went off, or is late.
 
 use std::{
     future::Future,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -15,38 +18,80 @@ use std::{
 };
 
 use hyper::rt::{Sleep, Timer};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 
 /// The timer of one connection, for hyper's `header_read_timeout`, which must be set to the idle time.
 #[derive(Debug, Clone)]
-pub(super) struct HeadTimer {
+pub(super) struct HeadTimer(Arc<Wait>);
+
+/// What the timer of a connection and its present wait know. All is in one task.
+#[derive(Debug)]
+struct Wait {
     /// Bytes read from the client.
     read: Arc<AtomicU64>,
     /// The same when the present wait began.
-    before: Arc<AtomicU64>,
+    before: AtomicU64,
     head_timeout: Duration,
+    /// The end of the present wait, in nanoseconds from `start`; [`NEVER`] if there is none.
+    end: AtomicU64,
+    start: Instant,
 }
+
+const NEVER: u64 = u64::MAX;
+/// No wait is longer: some 30 years.
+const LONGEST: Duration = Duration::from_secs(1_000_000_000);
 
 impl HeadTimer {
     pub(super) fn new(read: Arc<AtomicU64>, head_timeout: Duration) -> Self {
-        HeadTimer { read, before: Arc::default(), head_timeout }
+        let start = Instant::now();
+        HeadTimer(Arc::new(Wait { read, before: 0.into(), head_timeout, end: NEVER.into(), start }))
     }
 
     /// Has the client sent nothing since it was last waited for?
     pub(super) fn is_idle(&self) -> bool {
-        self.read.load(Ordering::Relaxed) == self.before.load(Ordering::Relaxed)
+        self.0.read.load(Ordering::Relaxed) == self.0.before.load(Ordering::Relaxed)
+    }
+
+    /// Wakes the task when the present wait is over, so that hyper hears of it. For the task that serves the
+    /// connection, behind the connection; never resolves.
+    pub(super) async fn keep_time(&self) {
+        let mut alarm = pin!(sleep_until(self.0.start + LONGEST));
+        std::future::poll_fn(|context| {
+            let end = self.0.end();
+            let rings = alarm.is_elapsed();
+            if rings || end.is_some_and(|end| end < alarm.deadline()) {
+                // hyper has just looked; what has ended since it will see when it looks again.
+                let soonest = Instant::now() + Duration::from_millis(1);
+                alarm.as_mut().reset(end.map_or(self.0.start + LONGEST, |end| end.max(soonest)));
+            }
+            alarm.as_mut().poll(context)
+        })
+        .await
+    }
+}
+
+impl Wait {
+    fn end(&self) -> Option<Instant> {
+        let end = self.end.load(Ordering::Relaxed);
+        (end != NEVER).then(|| self.start + Duration::from_nanos(end))
+    }
+
+    fn set_end(&self, end: Instant) {
+        let nanoseconds = end.saturating_duration_since(self.start).min(LONGEST).as_nanos();
+        self.end.store(nanoseconds as u64, Ordering::Relaxed);
     }
 }
 
 impl Timer for HeadTimer {
     fn sleep(&self, duration: Duration) -> Pin<Box<dyn Sleep>> {
-        self.before.store(self.read.load(Ordering::Relaxed), Ordering::Relaxed);
-        let sleep = Box::pin(tokio::time::sleep(duration));
-        Box::pin(HeadSleep { timer: self.clone(), sleep, begun: false })
+        self.sleep_until((Instant::now() + duration).into_std())
     }
 
     fn sleep_until(&self, deadline: StdInstant) -> Pin<Box<dyn Sleep>> {
-        self.sleep(deadline.saturating_duration_since(self.now()))
+        let wait = self.0.clone();
+        wait.before.store(wait.read.load(Ordering::Relaxed), Ordering::Relaxed);
+        wait.set_end(deadline.into());
+        Box::pin(HeadSleep { wait, begun: false })
     }
 
     fn now(&self) -> StdInstant {
@@ -54,9 +99,9 @@ impl Timer for HeadTimer {
     }
 }
 
+/// One wait for one head.
 struct HeadSleep {
-    timer: HeadTimer,
-    sleep: Pin<Box<tokio::time::Sleep>>,
+    wait: Arc<Wait>,
     /// The head has begun.
     begun: bool,
 }
@@ -66,14 +111,20 @@ impl Sleep for HeadSleep {}
 impl Future for HeadSleep {
     type Output = ();
 
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
-        if !self.begun && !self.timer.is_idle() {
+    fn poll(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<()> {
+        let Some(mut end) = self.wait.end() else { return Poll::Pending };
+        let now = Instant::now();
+        if !self.begun && self.wait.read.load(Ordering::Relaxed) != self.wait.before.load(Ordering::Relaxed) {
             self.begun = true;
-            let end = Instant::now() + self.timer.head_timeout;
-            if end < self.sleep.deadline() {
-                self.sleep.as_mut().reset(end);
-            }
+            end = end.min(now + self.wait.head_timeout);
+            self.wait.set_end(end);
         }
-        self.sleep.as_mut().poll(context)
+        if now >= end { Poll::Ready(()) } else { Poll::Pending }
+    }
+}
+
+impl Drop for HeadSleep {
+    fn drop(&mut self) {
+        self.wait.end.store(NEVER, Ordering::Relaxed);
     }
 }

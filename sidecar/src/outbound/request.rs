@@ -39,6 +39,7 @@ struct Call<'a> {
     known: &'a Known,
     /// The one endpoint that the app dialled.
     only: Option<SocketAddr>,
+    is_grpc: bool,
     head: Parts,
     body: Replay,
     version: HttpVersion,
@@ -121,7 +122,8 @@ impl Outbound {
         }
         let (head, body) = request.into_parts();
         let body = Replay::new(body, known.policy.retries.body_bytes, || record.count_request_bytes());
-        let call = Call { upstream, known: &known, only, head, body, version, deadline };
+        let is_grpc = headers::is_grpc(&head.headers);
+        let call = Call { upstream, known: &known, only, is_grpc, head, body, version, deadline };
         Ok((self.attempts(&call, record).await?, place))
     }
 
@@ -167,10 +169,13 @@ impl Outbound {
             Ok((response, in_use)) => {
                 record.attempt_answered(response.status().as_u16());
                 record.peer(in_use.as_ref().and_then(InUse::peer).map(VerifiedPeer::id));
-                let grpc = headers::text(response.headers(), &headers::GRPC_STATUS).map(GrpcStatus::parse);
-                let failure = call.mesh_failure(response);
-                failure.is_some_and(failure_speaks_against_endpoint)
-                    || speaks_against_endpoint(response.status().as_u16(), grpc)
+                !call.is_plain_success(response) && {
+                    let grpc =
+                        headers::text(response.headers(), &headers::GRPC_STATUS).map(GrpcStatus::parse);
+                    let failure = call.mesh_failure(response);
+                    failure.is_some_and(failure_speaks_against_endpoint)
+                        || speaks_against_endpoint(response.status().as_u16(), grpc)
+                }
             }
             Err(failed) => {
                 record.attempt_failed(&failed.failed);
@@ -326,12 +331,11 @@ impl Call<'_> {
         let head = request.headers_mut();
         record.inject(span, head);
         let timeout = self.deadline.grpc_header(headers::text(head, &headers::GRPC_TIMEOUT), now);
-        if let Some(timeout) = timeout.and_then(|text| HeaderValue::try_from(text).ok()) {
+        if let Some(timeout) = timeout.and_then(headers::passing) {
             head.insert(headers::GRPC_TIMEOUT, timeout);
         }
         if self.is_mesh() {
-            let deadline = self.deadline.weft_header(now).and_then(|text| HeaderValue::try_from(text).ok());
-            if let Some(deadline) = deadline {
+            if let Some(deadline) = self.deadline.weft_header(now).and_then(headers::passing) {
                 head.insert(headers::DEADLINE, deadline);
             }
             if record.attempts() > 1 {
@@ -348,8 +352,16 @@ impl Call<'_> {
             .and_then(Failure::from_label)
     }
 
+    /// A success whose other fields need no look: outside gRPC, the status says it all.
+    fn is_plain_success<B>(&self, response: &Response<B>) -> bool {
+        response.status().is_success() && !self.is_grpc
+    }
+
     /// May the request be tried again?
     fn again(&self, result: &Attempted, number: u32) -> Verdict {
+        if matches!(result, Ok((response, _)) if self.is_plain_success(response)) {
+            return Verdict::No { reason: Refusal::NotNeeded };
+        }
         let now = Instant::now();
         let outcome = match result {
             Err(failed) => {

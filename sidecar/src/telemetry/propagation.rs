@@ -319,7 +319,11 @@ impl Text {
 
     fn value(&self) -> HeaderValue {
         // Digits and separators only: always a valid value.
-        HeaderValue::from_bytes(&self.bytes[..self.length]).unwrap_or(HeaderValue::from_static(""))
+        let value = HeaderValue::from_bytes(&self.bytes[..self.length]);
+        let mut value = value.unwrap_or(HeaderValue::from_static(""));
+        // Never the same twice. In HTTP/2's table of fields (RFC 7541 7.1.3) it would push out those that are.
+        value.set_sensitive(true);
+        value
     }
 }
 
