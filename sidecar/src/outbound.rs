@@ -197,19 +197,29 @@ impl Outbound {
         record: &mut telemetry::Connection,
     ) -> Result<()> {
         let ahead = detect::read_ahead(&mut stream, SILENCE).await.map_err(|error| client_broke(&error))?;
-        match ahead.heard {
+        if ahead.heard == Heard::Silence && ahead.bytes.is_empty() {
+            return Box::pin(self.silent(stream, target, draining, record)).await;
+        }
+        self.heard(stream, ahead.heard, target, draining, record).await
+    }
+
+    async fn heard(
+        self: &Arc<Self>,
+        stream: Stream,
+        heard: Heard,
+        target: Target,
+        draining: Draining,
+        record: &mut telemetry::Connection,
+    ) -> Result<()> {
+        let protocol = match heard {
             Heard::Protocol(protocol) => {
                 self.telemetry.metrics().detected(protocol);
-                self.spoken(stream, protocol, target, draining, record).await
-            }
-            Heard::Silence if ahead.bytes.is_empty() => {
-                Box::pin(self.silent(stream, target, draining, record)).await
+                protocol
             }
             // A client that shuts down its side at once may still want to hear the server.
-            Heard::Silence | Heard::End => {
-                self.spoken(stream, Protocol::Opaque, target, draining, record).await
-            }
-        }
+            Heard::Silence | Heard::End => Protocol::Opaque,
+        };
+        self.spoken(stream, protocol, target, draining, record).await
     }
 
     /// A client that says nothing: the server is connected, and whoever speaks first decides.
@@ -220,8 +230,17 @@ impl Outbound {
         draining: Draining,
         record: &mut telemetry::Connection,
     ) -> Result<()> {
-        // A client that no server was found for is told by a reset.
-        let mut tunnel = self.open_tunnel(&target, record).await.inspect_err(|_| net::reset(&stream))?;
+        // A client that no server was found for is told by a reset. One that opens connections before it needs them
+        // may speak meanwhile.
+        let opened = tokio::select! {
+            biased;
+            ahead = detect::client_speaks(&mut stream) => Err(ahead.map_err(|error| client_broke(&error))?),
+            opened = self.open_tunnel(&target, record) => Ok(opened),
+        };
+        let mut tunnel = match opened {
+            Ok(opened) => opened.inspect_err(|_| net::reset(&stream))?,
+            Err(ahead) => return self.heard(stream, ahead.heard, target, draining, record).await,
+        };
         let first = detect::first_to_speak(&mut stream, tunnel.stream()).await;
         match first.inspect_err(|_| net::reset(&stream)).map_err(|error| client_broke(&error))? {
             FirstToSpeak::Server => {

@@ -28,7 +28,7 @@ const GREETING: usize = 4096;
 pub async fn first_to_speak(client: &mut Stream, server: &mut Stream) -> io::Result<FirstToSpeak> {
     let mut greeting = BytesMut::with_capacity(GREETING);
     let first = tokio::select! {
-        heard = wait_for_client(client) => FirstToSpeak::Client(heard?),
+        heard = client_speaks(client) => FirstToSpeak::Client(heard?),
         read = server.read_buf(&mut greeting) => { read?; FirstToSpeak::Server }
     };
     if !greeting.is_empty() {
@@ -37,7 +37,11 @@ pub async fn first_to_speak(client: &mut Stream, server: &mut Stream) -> io::Res
     Ok(first)
 }
 
-async fn wait_for_client(client: &mut Stream) -> io::Result<ReadAhead> {
+/// Waits for the client's first bytes. No time limit. Cancel safe: they are still to be read from the stream.
+///
+/// # Errors
+/// What reading the stream says.
+pub async fn client_speaks(client: &mut Stream) -> io::Result<ReadAhead> {
     loop {
         let ahead = read_ahead(client, PAUSE).await?;
         if ahead.heard != Heard::Silence || !ahead.bytes.is_empty() {

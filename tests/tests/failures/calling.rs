@@ -122,6 +122,11 @@ fn where_it_sends_it() {
         let seen = curl(&client, &[&format!("http://{name}/")]);
         shown.answered(failure, &seen);
     }
+    // A client that opens its connection before it needs it is listened to while a server is dialled for it.
+    let late = "exec 3<>/dev/tcp/silent/80; sleep 0.1; printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3";
+    let mut bash = client.command("bash");
+    bash.args(["-c", late]);
+    shown.answered(Failure::ConnectTimeout, &output_of(bash));
     shown.complete();
 }
 
