@@ -286,8 +286,7 @@ impl Outbound {
         mut draining: Draining,
         record: &mut telemetry::Connection,
     ) -> Result<()> {
-        let (upgrade, cut) = (Upgrade::default(), record.cut().clone());
-        let client = stream.tcp().peer_addr().map_err(|error| client_broke(&error))?;
+        let (upgrade, cut, client) = (Upgrade::default(), record.cut().clone(), record.peer_address());
         let answer = |request: Request<Incoming>| {
             let (story, target, upgrade) = (self.clone(), target.clone(), upgrade.clone());
             let cut = cut.clone();

@@ -35,6 +35,9 @@ pub async fn accept<Handle, Handling>(
     Handle: Fn(TcpStream, SocketAddr) -> Handling,
     Handling: Future<Output = ()> + Send + 'static,
 {
+    if let Err(error) = net::set_options(&listener) {
+        tracing::warn!(%error, "silent peers are not probed, and small writes may be delayed");
+    }
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -52,9 +55,6 @@ pub async fn accept<Handle, Handling>(
             tell(Incident::Full, client);
             continue;
         };
-        if let Err(error) = net::set_options(&stream) {
-            tracing::debug!(%error, %client, "cannot set the options of a connection");
-        }
         let tell = tell.clone();
         // Not an async block around it: that would keep room for the connection's future twice.
         tokio::spawn(AssertUnwindSafe(handle(stream, client)).catch_unwind().map(move |ended| {

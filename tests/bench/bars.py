@@ -43,9 +43,11 @@ CPU, ALLOCATIONS = "cpu_us_per_request", "allocations_per_request"
 
 BARS = [
     Bar("CPU per request, both proxies, HTTP/1, 32 connections", "http1-32", CPU, 0.28, "envoy"),
-    Bar("the same at 1 connection", "http1-1", CPU, 0.35, "envoy"),
+    # where the bar was set, 0.28 of Envoy was 1.45 of a bare pair: Envoy's share differs much between machines
+    Bar("the same beside the bare pair", "http1-32", CPU, 1.45, "bare"),
+    Bar("CPU per request at 1 connection", "http1-1", CPU, 0.35, "envoy"),
     Bar("the same at 256 connections", "http1-256", CPU, 0.35, "envoy"),
-    Bar("the same for gRPC unary", "grpc-unary", CPU, 0.35, "envoy"),
+    Bar("CPU per call, gRPC unary", "grpc-unary", CPU, 0.35, "envoy"),
     Bar("heap allocations per request, client's proxy", "counts", ALLOCATIONS + "_client", 25),
     Bar("heap allocations per request, server's proxy", "counts", ALLOCATIONS + "_server", 25),
     Bar("latency added over direct, p50 at 1 connection", "http1-1", "p50_us", 0.45, "envoy", baseline="direct"),

@@ -14,7 +14,7 @@ from cases import CASES, Run
 from machine import Asked, Failed, Machine, Signals, Span
 from peers import PLANS, Peer, Place, read_plans
 
-DEFAULT_PEERS = ["direct", "weft", "envoy"]
+DEFAULT_PEERS = ["direct", "weft", "envoy", "bare"]
 
 
 def main():
@@ -94,7 +94,7 @@ def chosen(arguments):
 
 def measure(machine, plans, cases, arguments):
     binaries = os.path.abspath(arguments.binaries)
-    tools = {name: os.path.join(binaries, name) for name in ("weft-sidecar", "weft-ca", "bench-peer")}
+    tools = {name: os.path.join(binaries, name) for name in ("weft-sidecar", "weft-ca", "bench-peer", "bench-bare")}
     tools["envoy"] = arguments.envoy
     peers = []
     for number, plan in enumerate(plans, start=1):

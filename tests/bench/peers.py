@@ -21,6 +21,7 @@ OTLP_PORT = 4318
 AUTHORITY_PORT = 15080
 MANY_PORTS = 20_000  # and above: endpoints of the case `services`
 SETTLE = 0.3  # seconds between ready and the first measurement
+BARE_CASES = ["start", "http1", "rate", "connect-http", "counts"]
 SAMPLED = 0.01  # share of the requests that are traced
 
 
@@ -244,6 +245,17 @@ def input_rules(spared):
     return [f"{nat} --dport {port} -j RETURN" for port in spared] + [f"{nat} ! -i lo -j REDIRECT --to-ports 15006"]
 
 
+def bare(place):
+    """Nothing around hyper and rustls: what is the least that a pair of proxies can cost? (tests/src/bin/bench-bare.rs)"""
+    program, between, ready = place.tools["bench-bare"], "15006", "127.0.0.1:15000"
+    run([program, "certificates", place.folder])
+    os.chmod(place.path("key.pem"), 0o644)
+    listen, server = "0.0.0.0:15001", f"{place.server.address}:{between}"
+    client = [program, "client", place.folder, listen, server, ready]
+    server = [program, "server", place.folder, f"0.0.0.0:{between}", f"127.0.0.1:{APP_PORTS['http1']}", ready]
+    return Side(client, output_rules(), (15000, "/ready")), Side(server, [], (15000, "/ready"))
+
+
 def plan_of_weft(name, sampled, about):
     setup = lambda place: weft(place, sampled)  # noqa: E731
     return Plan(name, "service", setup, about, add_services, remove_services)
@@ -260,6 +272,7 @@ PLANS = {
         plan_of_weft("weft", SAMPLED, "HTTP/2 between, one worker, defaults, 1 % of requests traced"),
         plan_of_envoy("envoy", "http2", "HTTP/2 between, one worker, 1 % of requests traced"),
         plan_of_envoy("envoy-http1", "http1", "HTTP/1 between, one worker, 1 % of requests traced"),
+        Plan("bare", "server", bare, "hyper and rustls alone, HTTP/2 between, one worker, no mesh", cases=BARE_CASES),
         plan_of_weft("weft-untraced", 0, "as weft, nothing traced"),
         plan_of_weft("weft-traced", 1, "as weft, every request traced"),
     )
@@ -313,7 +326,6 @@ def plan_of(path, number, entry):
             "server": place.server.address,
             "service": place.service,
             "otlp": f"{place.server.address}:{OTLP_PORT}",
-            "programs": os.path.dirname(place.tools["bench-peer"]),
         }
         fill = lambda text: re.sub(r"\{(\w+)\}", lambda m: words.get(m[1], m[0]), text)  # noqa: E731
         if "setup" in entry:

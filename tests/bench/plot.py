@@ -31,7 +31,7 @@ PANELS = (
     )),
 )  # fmt: skip
 
-COLOURS = {"direct": "#868e96", "weft": "#e8590c", "envoy": "#4c6ef5"}
+COLOURS = {"direct": "#868e96", "weft": "#e8590c", "envoy": "#4c6ef5", "bare": "#12b886"}
 OTHERS = ("#0ca678", "#be4bdb", "#f08c00", "#1098ad")
 
 WIDTH, MARGIN, GAP = 960, 28, 40

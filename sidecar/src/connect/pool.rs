@@ -252,17 +252,26 @@ impl Pool {
             return Ok(Lease { connection: Connection::Http1(idle.connection, home), reused: true });
         }
         let open = self.metrics.pool_connection(Protocol::Http1);
-        let connection = open_http1(&self.connector, key, limit, Some(open)).await?;
+        // Boxed, or every call would keep room for a dial.
+        let connection = Box::pin(open_http1(&self.connector, key, limit, Some(open))).await?;
         Ok(Lease { connection: Connection::Http1(connection, home), reused: false })
     }
 
     fn take_idle(&self, key: &Key) -> Option<Idle> {
         let mut shelves = self.shelves();
         let shelf = shelves.get_mut(key)?;
-        shelf.http1.retain(|idle| idle.connection.is_usable());
-        // The youngest first: the others may grow old and be closed.
-        let ready = shelf.http1.iter().rposition(|idle| idle.connection.sender.is_ready())?;
-        Some(shelf.http1.swap_remove(ready))
+        // The youngest first: the others may grow old and be closed. They may be many, and are not looked at here.
+        let mut at = shelf.http1.len();
+        while at > 0 {
+            at -= 1;
+            let connection = &shelf.http1[at].connection;
+            if !connection.is_usable() {
+                shelf.http1.swap_remove(at);
+            } else if connection.sender.is_ready() {
+                return Some(shelf.http1.swap_remove(at));
+            }
+        }
+        None
     }
 
     fn take_back(&self, key: Key, connection: Http1) {

@@ -131,11 +131,15 @@ impl Inbound {
         };
         match again {
             Some(request) if reused && failed.failed.failure == Failure::Reset => {
-                let lease = connect::one_off(&self.connector, key, APP_TIMEOUT).await.map_err(as_app)?;
-                lease.send(request).await.map_err(app_failed)
+                Box::pin(self.send_again(request, key)).await
             }
             _ => Err(app_failed(failed)),
         }
+    }
+
+    async fn send_again(&self, request: Request<Body>, key: &Key) -> Result<(Response<Incoming>, InUse)> {
+        let lease = connect::one_off(&self.connector, key, APP_TIMEOUT).await.map_err(as_app)?;
+        lease.send(request).await.map_err(app_failed)
     }
 
     /// A connection to the app that stops being HTTP, where the app agrees.

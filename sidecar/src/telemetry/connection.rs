@@ -56,6 +56,11 @@ impl Connection {
         }
     }
 
+    /// Who opened it.
+    pub fn peer_address(&self) -> SocketAddr {
+        self.peer_address
+    }
+
     /// It is known what protects the connection and what is spoken on it: it counts as open. Said again, for
     /// instance after an upgrade, it counts under the new labels.
     pub fn opened(&mut self, security: Security, protocol: Protocol) {

@@ -1,6 +1,6 @@
-//! The least that a pair of proxies can be, for `tests/bench/run --peers tests/bench/peers-bare.toml`: tokio, hyper and
-//! rustls with HTTP/2 and mutual TLS between, one thread each, and nothing around them. No discovery, no retries, no
-//! limits, no telemetry: what Weft costs more than this is the price of being a mesh.
+//! The least that a pair of proxies can be, the peer `bare` of `tests/bench/run`: tokio, hyper and rustls, HTTP/2 with
+//! mutual TLS between, one thread each, and nothing around them. No discovery, no retries, no limits, no telemetry:
+//! what Weft costs more than this is the price of being a mesh.
 
 use std::{cell::RefCell, net::SocketAddr, path::Path, process::ExitCode, rc::Rc, sync::Arc};
 
