@@ -12,6 +12,10 @@ mod cluster;
 mod crowd;
 #[path = "consul/discovery.rs"]
 mod discovery;
+#[path = "consul/fleet.rs"]
+mod fleet;
+#[path = "consul/load.rs"]
+mod load;
 #[path = "consul/policies.rs"]
 mod policies;
 #[path = "consul/registration.rs"]

@@ -1,8 +1,10 @@
-//! What the tests with Consul share: apps that say who they are, and sidecars that know of Consul alone.
+//! What the tests with Consul share: apps that say who they are, sidecars that know of Consul alone, and a cluster
+//! of three servers with an agent.
 
-use std::{fs, os::unix::fs::PermissionsExt};
+use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt, time::Duration};
 
-use weft_tests::{Mesh, Pod, Process, Sidecar, output_of, until};
+use tokio::time::Instant;
+use weft_tests::{Consul, Mesh, Pod, Process, Sidecar, output_of, pause, until};
 
 /// An app in this pod that answers every request with its name.
 pub fn app(pod: &Pod, name: &str, port: u16) -> Process {
@@ -32,8 +34,15 @@ ThreadingHTTPServer(('0.0.0.0', int(sys.argv[2])), Handler).serve_forever()
     process
 }
 
-/// A sidecar that sees no service files but its own, with these flags.
+/// A sidecar that sees no service files but its own, with these flags. It is ready.
 pub fn sidecar(mesh: &Mesh, pod: &Pod, service: &str, consul: &str, flags: &[&str]) -> Sidecar {
+    let sidecar = start_sidecar(mesh, pod, service, consul, flags);
+    sidecar.wait_until_ready(pod);
+    sidecar
+}
+
+/// The same without waiting.
+pub fn start_sidecar(mesh: &Mesh, pod: &Pod, service: &str, consul: &str, flags: &[&str]) -> Sidecar {
     let none = mesh.network.folder().join(format!("files-of-{}", pod.netns().name()));
     fs::create_dir_all(&none).expect("an empty folder");
     fs::set_permissions(&none, fs::Permissions::from_mode(0o777)).expect("its mode");
@@ -41,7 +50,7 @@ pub fn sidecar(mesh: &Mesh, pod: &Pod, service: &str, consul: &str, flags: &[&st
     let own = ["--services-dir", &none, "--publish", "false", "--consul", consul];
     let own = own.chunks(2).filter(|pair| !flags.contains(&pair[0])).flatten().copied();
     let flags: Vec<&str> = own.chain(flags.iter().copied()).collect();
-    mesh.sidecar(pod, service, &flags)
+    mesh.start_sidecar(pod, service, &flags, &[])
 }
 
 /// Status and body of a GET; `000` where there was no answer. Of a failure the body is `weft: LABEL`.
@@ -52,4 +61,62 @@ pub fn get(pod: &Pod, url: &str) -> String {
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
     let status = head.split_whitespace().nth(1).unwrap_or_default();
     format!("{status} {}", body.trim())
+}
+
+/// Three servers, and an agent beside the apps of a host.
+pub struct Cluster<'a> {
+    pub servers: Vec<Consul<'a>>,
+    pub agent: Consul<'a>,
+}
+
+impl<'a> Cluster<'a> {
+    /// Starts all of them, and waits for a leader. `pods` are those of the servers.
+    pub fn start(pods: &'a [Pod], host: &'a Pod) -> Self {
+        let all: Vec<&Pod> = pods.iter().collect();
+        let servers = pods.iter().map(|pod| Consul::server(pod, &all, "")).collect();
+        let agent = Consul::agent(host, &all, "log_level = \"debug\"");
+        until("there is a leader", || leader(&agent).is_some());
+        Cluster { servers, agent }
+    }
+
+    /// Kills all of them, and takes their state.
+    pub fn lose(&mut self) {
+        for consul in self.servers.iter_mut().chain([&mut self.agent]) {
+            consul.stop();
+            consul.wipe();
+        }
+    }
+
+    /// Starts all of them again, and waits until the agent answers.
+    pub fn restart(&mut self) {
+        self.servers.iter_mut().for_each(Consul::start);
+        self.agent.start();
+    }
+}
+
+/// The address of the leader, as the agent knows it.
+pub fn leader(agent: &Consul<'_>) -> Option<String> {
+    let leader = agent.ask("GET", "/v1/status/leader", None)?;
+    leader.as_str()?.split_once(':').map(|(address, _)| address.to_owned())
+}
+
+/// The most questions from outside the agent's pod that it answered within a second of its clock, and all of them.
+pub fn busiest_second(log: &str) -> (usize, usize) {
+    let mut seconds: BTreeMap<&str, usize> = BTreeMap::new();
+    let of_others =
+        log.lines().filter(|line| line.contains("Request finished") && !line.contains("from=127.0.0.1"));
+    for line in of_others {
+        *seconds.entry(line.trim_start().get(..19).unwrap_or_default()).or_default() += 1;
+    }
+    (seconds.values().copied().max().unwrap_or_default(), seconds.values().sum())
+}
+
+/// Waits until something is so, and says how long it took.
+pub fn time_until(what: &str, most: Duration, mut is_so: impl FnMut() -> bool) -> Duration {
+    let begin = Instant::now();
+    while !is_so() {
+        assert!(begin.elapsed() < most, "waited {most:?} until {what}");
+        pause();
+    }
+    begin.elapsed()
 }
