@@ -40,6 +40,8 @@ pub(super) struct Instance {
     pub(super) protocol: Option<Protocol>,
     /// None of its checks is critical, and it wants traffic.
     pub(super) is_well: bool,
+    /// It would be well if Consul's servers reached the agent of its node.
+    pub(super) is_cut_off: bool,
 }
 
 /// What one answer holds.
@@ -94,8 +96,13 @@ struct Weights {
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Check {
+    #[serde(rename = "CheckID", default)]
+    id: String,
     status: String,
 }
+
+/// The check of every node: do the other members of the cluster reach its agent?
+const MEMBERSHIP: &str = "serfHealth";
 
 /// Reads the answer.
 pub(super) fn read(name: &ServiceName, body: &[u8]) -> Result<Reading, Error> {
@@ -169,9 +176,11 @@ fn instance(
     let port = u16::try_from(service.port).ok().filter(|port| *port != 0);
     let port =
         port.ok_or_else(|| format!("`Service.Port` is {}; expected a port from 1 to 65535", service.port))?;
-    let health = health(entry.checks.as_deref().unwrap_or_default())?;
+    let checks = || entry.checks.iter().flatten();
+    let own = worst(checks().filter(|check| check.id != MEMBERSHIP))?;
+    let of_node = worst(checks().filter(|check| check.id == MEMBERSHIP))?;
     let weights = service.weights.unwrap_or(Weights { passing: 1, warning: 1 });
-    let weight = if health == Health::Warning { weights.warning } else { weights.passing };
+    let weight = if own.max(of_node) == Health::Warning { weights.warning } else { weights.passing };
     if weight < 0 {
         return Err(format!("`Service.Weights` has {weight}; expected 0 or more"));
     }
@@ -197,7 +206,8 @@ fn instance(
         endpoint,
         identities: identities(meta(names::META_IDENTITY).unwrap_or_default())?,
         protocol: meta(names::META_PROTOCOL).map(protocol).transpose()?,
-        is_well: health != Health::Critical && weight > 0,
+        is_well: own.max(of_node) != Health::Critical && weight > 0,
+        is_cut_off: own != Health::Critical && of_node == Health::Critical && weight > 0,
     })
 }
 
@@ -208,8 +218,8 @@ enum Health {
     Critical,
 }
 
-/// The worst of the checks, of the node and of the service.
-fn health(checks: &[Check]) -> Result<Health, String> {
+/// The worst of these checks.
+fn worst<'a>(checks: impl Iterator<Item = &'a Check>) -> Result<Health, String> {
     let mut worst = Health::Passing;
     for check in checks {
         worst = worst.max(match check.status.as_str() {
@@ -346,9 +356,28 @@ mod tests {
         assert_eq!(warned.endpoint.address, "10.0.0.9:1".parse().unwrap());
         assert_eq!((warned.endpoint.weight, warned.is_well), (7, true));
         assert_eq!((down.endpoint.address.to_string().as_str(), down.is_well), ("10.1.0.3:1", false));
-        assert!(!resting.is_well);
+        assert!(!resting.is_well && !resting.is_cut_off);
         assert!(Arc::ptr_eq(&full.key.0, &warned.key.0), "words are shared");
         assert_eq!(read_it(&json!([])).unwrap(), Reading::default());
+    }
+
+    #[test]
+    fn a_lost_node_is_told_from_an_app_that_is_down() {
+        let own = json!({"CheckID": "service:a", "ServiceID": "a", "Status": "passing"});
+        for (of_node, of_app, expected) in [
+            ("passing", "passing", (true, false)),
+            ("critical", "passing", (false, true)),
+            ("critical", "warning", (false, true)),
+            ("passing", "critical", (false, false)),
+            ("critical", "critical", (false, false)),
+        ] {
+            let mut one = entry("a", "10.1.0.2", 80);
+            one["Checks"] = json!([one["Checks"][0], own]);
+            one["Checks"][0]["Status"] = of_node.into();
+            one["Checks"][1]["Status"] = of_app.into();
+            let found = read_it(&json!([one])).unwrap().instances.remove(0);
+            assert_eq!((found.is_well, found.is_cut_off), expected, "{of_node} {of_app}");
+        }
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! What is known of one service, from answer to answer. Pure, with time as an argument. After a gap (an outage,
 //! or an index that went back) the registry may have forgotten who is alive: then the endpoints of before stay
-//! beside the new ones for a grace, until each was seen well again, and the breakers decide who is called.
+//! beside the new ones for a grace, until each was seen well again, and the breakers decide who is called. So they
+//! do where no instance is well and some are cut off: Consul's servers do not reach the agents of their nodes, which
+//! says nothing about the apps.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -52,7 +54,8 @@ impl Known {
             }
         }
         if after_gap {
-            self.kept.extend(older.into_iter().filter(|(_, instance)| instance.is_well));
+            let is_called = called(&older);
+            self.kept.extend(older.into_iter().filter(|(_, instance)| is_called(instance)));
             self.kept_until = Some(now + GRACE);
         }
         self.instances = newer;
@@ -101,11 +104,20 @@ impl Known {
         }
         service.identities.sort();
         service.identities.dedup();
-        let called = self.instances.values().filter(|instance| instance.is_well).chain(self.kept.values());
+        let is_called = called(&self.instances);
+        let called = self.instances.values().filter(|instance| is_called(instance)).chain(self.kept.values());
         service.endpoints = called.map(|instance| instance.endpoint.clone()).collect();
         sort(&mut service.endpoints);
         service.registered = if self.is_empty() { Registered::No } else { Registered::Yes };
         (service, contradiction)
+    }
+}
+
+/// Which of these are called: the well ones, and where there are none, those that are cut off.
+fn called(instances: &BTreeMap<InstanceKey, Instance>) -> fn(&Instance) -> bool {
+    match instances.values().any(|instance| instance.is_well) {
+        true => |instance| instance.is_well,
+        false => |instance| instance.is_cut_off,
     }
 }
 
@@ -127,6 +139,7 @@ mod tests {
             identities: vec![format!("spiffe://d/ns/default/sa/{id}").parse().unwrap()],
             protocol: None,
             is_well,
+            is_cut_off: false,
         }
     }
 
@@ -155,6 +168,23 @@ mod tests {
         assert_eq!(known.service().0.registered, Registered::Yes);
         known.accept(reading(&[]), false, Instant::now());
         assert_eq!(known.service().0.registered, Registered::No);
+    }
+
+    #[test]
+    fn those_that_are_cut_off_are_called_where_nobody_is_well() {
+        let mut known = Known::new("orders".parse().unwrap());
+        let cut_off = |wells: &[(&str, u8, bool)]| {
+            let mut all = reading(wells);
+            all.instances.push(Instance { is_cut_off: true, ..instance("far", 9, false) });
+            all
+        };
+        known.accept(cut_off(&[("a", 1, true)]), false, Instant::now());
+        assert_eq!(endpoints(&known), [1]);
+        known.accept(cut_off(&[("a", 1, false)]), false, Instant::now());
+        assert_eq!(endpoints(&known), [9]);
+        // Consul loses its state: who was called last stays for the grace.
+        known.accept(reading(&[("a", 1, false)]), true, Instant::now());
+        assert_eq!(endpoints(&known), [9]);
     }
 
     #[test]
