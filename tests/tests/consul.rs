@@ -16,6 +16,8 @@ mod discovery;
 mod fleet;
 #[path = "consul/load.rs"]
 mod load;
+#[path = "consul/loss.rs"]
+mod loss;
 #[path = "consul/partition.rs"]
 mod partition;
 #[path = "consul/policies.rs"]

@@ -9,6 +9,7 @@ mod error;
 mod examine;
 mod health;
 mod known;
+mod loss;
 mod policies;
 mod register;
 mod token;
@@ -100,8 +101,9 @@ pub async fn run(
     asked: Asked,
     directory: channel::Sender<Arc<Directory>>,
     status: channel::Sender<Status>,
-    random: fastrand::Rng,
+    mut random: fastrand::Rng,
 ) {
+    let looking = (client.clone(), random.fork());
     let (tell, news) = mpsc::channel(MOST_NEWS);
     let source = Source {
         client,
@@ -117,7 +119,10 @@ pub async fn run(
         random,
         number: 0,
     };
-    source.run(news).await;
+    tokio::select! {
+        () = source.run(news) => {}
+        () = loss::look(&looking.0, looking.1) => {}
+    }
 }
 
 impl Source {

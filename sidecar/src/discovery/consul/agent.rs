@@ -55,7 +55,7 @@ pub(super) struct Agent {
     http2: AsyncMutex<Option<http2::SendRequest<Body>>>,
     connections: Semaphore,
     most_connections: usize,
-    /// How often a connection broke.
+    /// How often a connection broke, or the servers behind the agent lost their state.
     term: AtomicU64,
 }
 
@@ -112,6 +112,11 @@ impl Agent {
         self.shown().split_once("://").map(|(_, rest)| rest.to_owned()).unwrap_or_default()
     }
 
+    /// What waited for an index of before may wait no more.
+    pub(super) fn begin_term(&self) {
+        self.term.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Sends the question and reads the answer, of at most `most` bytes. `waiting` is the question for the term
     /// with this number; it is not repeated.
     pub(super) async fn ask(
@@ -159,7 +164,7 @@ impl Agent {
     ) -> Result<Said, Error> {
         let said = self.exchange_once(connection, question, most).await;
         if matches!(&said, Err(error) if error.kind == Kind::Unreachable) {
-            self.term.fetch_add(1, Ordering::Relaxed);
+            self.begin_term();
         }
         said
     }
@@ -197,14 +202,14 @@ impl Agent {
                 return Some(Connection::Http2(sender.clone()));
             }
             if shared.take().is_some() {
-                self.term.fetch_add(1, Ordering::Relaxed);
+                self.begin_term();
             }
         }
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let before = idle.len();
         idle.retain(|sender| !sender.is_closed());
         if idle.len() < before {
-            self.term.fetch_add(1, Ordering::Relaxed);
+            self.begin_term();
         }
         std::iter::from_fn(|| idle.pop()).find(|sender| sender.is_ready()).map(Connection::Http1)
     }

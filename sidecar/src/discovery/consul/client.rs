@@ -24,6 +24,7 @@ use tokio::{sync::Semaphore, time::timeout};
 use super::{
     agent::{Agent, PROTOCOLS},
     error::{Error, Kind},
+    loss::Waits,
     token::Token,
 };
 use crate::{
@@ -59,6 +60,8 @@ pub struct Client {
     token: Token,
     /// Places for blocking queries.
     pub(super) slots: Arc<Semaphore>,
+    /// The blocking queries of now.
+    pub(super) waits: Waits,
     metrics: Arc<Metrics>,
 }
 
@@ -76,8 +79,18 @@ pub(super) struct Question<'a> {
     pub(super) is_anonymous: bool,
     /// What an ACL must allow, for the error.
     pub(super) permission: &'a str,
-    /// What is added to wait for a change after a place in the history; it counts only there.
-    pub(super) waiting: Option<(String, Place)>,
+    /// None: the answer comes at once.
+    pub(super) waiting: Option<Waiting>,
+}
+
+/// How a question waits for a change.
+pub(super) struct Waiting {
+    /// What is added to its path.
+    added: String,
+    /// From where in the history; it waits only there.
+    place: Place,
+    /// The same question for its index alone, as the leader knows it.
+    check: String,
 }
 
 /// A place in the history of what was asked: the index of an answer, and by whom it was given.
@@ -104,6 +117,16 @@ pub(super) struct Answer {
 }
 
 impl Place {
+    #[cfg(test)]
+    pub(super) fn of(index: u64) -> Self {
+        Place { index, agent: 0, term: 0 }
+    }
+
+    /// Does the same agent say a lower index here?
+    pub(super) fn is_before(self, other: Place) -> bool {
+        self.agent == other.agent && self.index < other.index
+    }
+
     /// Was it given by the same agent, and no connection to it broke in between?
     pub(super) fn follows(self, before: Place) -> bool {
         (self.agent, self.term) == (before.agent, before.term)
@@ -125,9 +148,11 @@ impl<'a> Question<'a> {
         }
     }
 
-    /// The same question, as one that waits for a change after this place.
-    pub(super) fn waiting(mut self, place: Place, wait: Duration) -> Self {
-        self.waiting = Some((format!("&index={}&wait={}s", place.index, wait.as_secs().max(1)), place));
+    /// The same question, as one that waits for a change after this place. `check` has the same index, no `stale`,
+    /// and an answer that is as short as can be.
+    pub(super) fn waiting(mut self, place: Place, wait: Duration, check: String) -> Self {
+        let added = format!("&index={}&wait={}s", place.index, wait.as_secs().max(1));
+        self.waiting = Some(Waiting { added, place, check });
         self.patience = wait + wait / 16 + BEYOND;
         self
     }
@@ -172,6 +197,7 @@ impl Client {
             current: AtomicUsize::new(0),
             token: Token::new(settings.token.clone()),
             slots: Arc::new(Semaphore::new(slots.min().unwrap_or(LOOPBACK_SLOTS))),
+            waits: Waits::default(),
             metrics,
         }))
     }
@@ -179,6 +205,15 @@ impl Client {
     /// The agent that is asked first now, for the log.
     pub fn shown(&self) -> String {
         self.agents.get(self.current.load(Ordering::Relaxed)).map(Agent::shown).unwrap_or_default()
+    }
+
+    /// The agent of this place has no such history any more: whoever waits there asks anew.
+    pub(super) fn lost(&self, place: Place) {
+        if let Some(agent) = self.agents.get(place.agent) {
+            tracing::warn!("Consul at {}: its index went back; it may have lost its state", agent.shown());
+            agent.begin_term();
+        }
+        self.waits.end();
     }
 
     /// Asks the agents in turn until one can answer.
@@ -216,20 +251,26 @@ impl Client {
 
     async fn ask_one(&self, at: usize, question: &Question<'_>) -> Result<Answer, Error> {
         let agent = &self.agents[at];
-        let request = self.request(agent, question, "")?;
-        let waiting = match &question.waiting {
-            Some((added, place)) if place.agent == at => {
-                Some((self.request(agent, question, added)?, place.term))
-            }
-            _ => None,
+        let waiting = question.waiting.as_ref().filter(|waiting| waiting.place.agent == at);
+        let _open = waiting.map(|waiting| self.waits.open(&waiting.check, waiting.place));
+        let lost = self.waits.lost();
+        let asking = async {
+            let request = match waiting {
+                Some(Waiting { added, place, .. }) => {
+                    Some((self.request(agent, question, added)?, place.term))
+                }
+                None => None,
+            };
+            let waiting = request.as_ref().map(|(request, term)| (request, *term));
+            agent.ask(&self.request(agent, question, "")?, waiting, question.most).await
         };
-        let waiting = waiting.as_ref().map(|(request, term)| (request, *term));
-        let asking = agent.ask(&request, waiting, question.most);
-        let said = match timeout(question.patience, asking).await {
-            Ok(said) => said?,
-            Err(_) => {
+        let said = tokio::select! {
+            said = timeout(question.patience, asking) => said.unwrap_or_else(|_| {
                 let text = format!("no answer within {}", humantime::format_duration(question.patience));
-                return Err(Error::new(Kind::Unreachable, text));
+                Err(Error::new(Kind::Unreachable, text))
+            })?,
+            () = lost, if waiting.is_some() => {
+                return Err(Error::new(Kind::Unavailable, "its index went back; it is asked anew"));
             }
         };
         let place = index(&said.head.headers).map(|index| Place { index, agent: at, term: said.term });

@@ -129,7 +129,7 @@ async fn look(
     let path = format!("/v1/kv/{POLICIES_PREFIX}?recurse&stale");
     let mut question = Question { most: MAX_ANSWER, ..Question::get(path, &permission) };
     if let Some(place) = wait_from {
-        question = question.waiting(place, wait);
+        question = question.waiting(place, wait, format!("/v1/kv/{POLICIES_PREFIX}?keys"));
     }
     let answer = client.ask(&question).await?;
     let entries = entries(&answer).await?;

@@ -42,6 +42,8 @@ const IDLE: Duration = Duration::from_secs(300);
 const IDLE_UNREGISTERED: Duration = Duration::from_secs(60);
 /// How often Consul is asked whether an empty answer is one, or an ACL's.
 const ACL_CHECK: Duration = Duration::from_secs(60);
+/// A filter that no instance passes: the answer is an index and nothing else.
+const NOBODY: &str = "filter=Service.ID%3D%3D%22%22";
 /// Some 20,000 instances.
 const MAX_BYTES: usize = 64 * 1024 * 1024;
 /// A longer answer is read aside, so that DNS and admin go on meanwhile.
@@ -183,7 +185,7 @@ impl Watch {
         if let Some((_, place)) = &slot {
             let longest = if self.client.slots.available_permits() == 0 { WAIT_OF_MANY } else { WAIT };
             let wait = longest.mul_f64(1.0 - 0.1 * self.random.f64());
-            question = question.waiting(*place, wait);
+            question = question.waiting(*place, wait, format!("/v1/health/service/{name}?{NOBODY}"));
         }
         let client = self.client.clone();
         let of_service = |error: Error| Error { text: format!("service `{name}`: {}", error.text), ..error };
