@@ -339,6 +339,7 @@ class Story:
         mesh.wait_for(mesh.workloads["orders-1"])
         mesh.write_visitor_script()
         folder, web = mesh.folder, mesh.workloads["web"]
+        registry = mesh.consul.hints() if mesh.consul else ""
         self.title("The mesh keeps running, orders-1 again too. Try in another terminal, as this user:")
         print(
             f"""
@@ -360,7 +361,7 @@ class Story:
     # a policy: calls of orders may take a millisecond. It applies at once; remove the file to undo it
     printf 'timeouts:\\n  request: 1ms\\n' > policies/.new && mv policies/.new policies/orders.yaml
     ./as-visitor curl -i http://web/orders/9
-
+{registry}
 Ctrl-C stops everything. What you did is then in {path}""",
             flush=True,
         )

@@ -33,6 +33,20 @@ class Consul:
         """What a sidecar is told."""
         return ["--consul", self.url, "--consul-ttl", TIME_TO_LIVE]
 
+    def hints(self):
+        """What to try with it, beside a mesh that stays."""
+        return f"""
+    # what Consul knows; in a browser: {self.url}/ui
+    export CONSUL_HTTP_ADDR={self.url}
+    consul catalog services
+    consul watch -type service -service orders -passingonly true
+
+    # a policy for all sidecars at once, from Consul's key-value store; a file counts before it
+    consul kv put weft/policies/orders 'timeouts: {{request: 1ms}}'
+    ./as-visitor curl -i http://web/orders/10
+    consul kv delete weft/policies/orders
+"""
+
     def ask(self, path):
         """Its answer; none where there is none."""
         with contextlib.suppress(OSError, ValueError):
