@@ -24,6 +24,8 @@ mod partition;
 mod policies;
 #[path = "consul/registration.rs"]
 mod registration;
+#[path = "consul/socket.rs"]
+mod socket;
 #[path = "consul/tls.rs"]
 mod tls;
 #[path = "consul/world.rs"]

@@ -49,6 +49,8 @@ impl Publication {
         let identities = shared.credentials.borrow().iter().map(|own| own.id().clone()).collect();
         let endpoint = Endpoint {
             zone: config.own.zone.as_deref().map(Into::into),
+            version: config.app.version.as_deref().map(Into::into),
+            tags: config.app.tags.iter().map(|tag| tag.as_str().into()).collect(),
             weight: config.app.weight.unwrap_or(DEFAULT_WEIGHT),
             ..Endpoint::at((advertised, port).into())
         };

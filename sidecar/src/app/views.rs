@@ -66,6 +66,8 @@ fn endpoints(shared: &Shared) -> Value {
                     "address": state.endpoint.address,
                     "weight": state.endpoint.weight,
                     "zone": state.endpoint.zone,
+                    "version": state.endpoint.version,
+                    "tags": state.endpoint.tags,
                     "condition": state.condition,
                     "failures": state.failures,
                     "load_seconds": state.load,

@@ -30,13 +30,19 @@ pub struct Consul {
 
 /// One agent's HTTP interface.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct ConsulAddress {
-    /// `https://`?
-    pub tls: bool,
-    /// A name, or an address without brackets.
-    pub host: String,
-    /// The port.
-    pub port: u16,
+#[serde(rename_all = "lowercase")]
+pub enum ConsulAddress {
+    /// `http://` or `https://`.
+    Tcp {
+        /// `https://`?
+        tls: bool,
+        /// A name, or an address without brackets.
+        host: String,
+        /// The port.
+        port: u16,
+    },
+    /// `unix://`: the path of a socket on this host, without TLS.
+    Unix(PathBuf),
 }
 
 /// Where the ACL token is.
@@ -98,10 +104,17 @@ const LEAST_DEREGISTER_AFTER: Duration = Duration::from_secs(60);
 const LEAST_TTL: Duration = Duration::from_secs(3);
 const LEAST_INTERVAL: Duration = Duration::from_millis(100);
 
+impl ConsulAddress {
+    /// Is it asked over TLS?
+    pub fn has_tls(&self) -> bool {
+        matches!(self, ConsulAddress::Tcp { tls: true, .. })
+    }
+}
+
 impl Reader<'_> {
     pub(super) fn consul(&mut self) -> Option<Consul> {
         let has_tls = self.truth("consul-tls", false);
-        let expected = "HOST:PORT, http://HOST:PORT or https://HOST:PORT";
+        let expected = "HOST:PORT, http://HOST:PORT, https://HOST:PORT or unix:///PATH";
         let addresses = self.many("consul", expected, |text| address(text, has_tls));
         let token = match self.file("consul-token-file") {
             Some(file) => ConsulToken::File(file),
@@ -170,6 +183,10 @@ fn address(text: &str, has_tls: bool) -> Option<ConsulAddress> {
     let (tls, rest) = match text.split_once("://") {
         Some(("http", rest)) => (false, rest),
         Some(("https", rest)) => (true, rest),
+        Some(("unix", path)) => {
+            let is_path = path.starts_with('/') && !path.contains('\0');
+            return is_path.then(|| ConsulAddress::Unix(path.into()));
+        }
         Some(_) => return None,
         None => (has_tls, text),
     };
@@ -182,7 +199,7 @@ fn address(text: &str, has_tls: bool) -> Option<ConsulAddress> {
     let host = host.strip_prefix('[').and_then(|inner| inner.strip_suffix(']')).unwrap_or(host);
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b".-_:".contains(&byte);
     let is_host = !host.is_empty() && host.len() <= 253 && host.bytes().all(allowed);
-    is_host.then(|| ConsulAddress { tls, host: host.to_owned(), port: number })
+    is_host.then(|| ConsulAddress::Tcp { tls, host: host.to_owned(), port: number })
 }
 
 #[cfg(test)]
@@ -198,15 +215,17 @@ mod tests {
             ("http://consul", Some((false, "consul", 8500))),
             ("https://[fd00::1]:8501", Some((true, "fd00::1", 8501))),
             ("[::1]:8500", Some((true, "::1", 8500))),
-            ("unix:///run/consul.sock", None),
+            ("unix://run/consul.sock", None),
             ("http://", None),
             ("consul:0", None),
             ("consul:http", None),
             ("http://consul:8500/path", None),
         ] {
-            let found = address(text, true);
-            let found = found.as_ref().map(|found| (found.tls, found.host.as_str(), found.port));
-            assert_eq!(found, expected, "{text}");
+            let tcp =
+                |(tls, host, port): (_, &str, _)| ConsulAddress::Tcp { tls, host: host.to_owned(), port };
+            assert_eq!(address(text, true), expected.map(tcp), "{text}");
         }
+        let socket = ConsulAddress::Unix("/run/consul.sock".into());
+        assert_eq!(address("unix:///run/consul.sock", true), Some(socket));
     }
 }

@@ -119,6 +119,8 @@ impl Reader<'_> {
                 })
                 .into_iter()
                 .collect(),
+            version: self.parsed_with("app-version", EXPECTED_WORD, |text| word(text).ok_or("not that")),
+            tags: self.many("tag", EXPECTED_WORD, word),
             weight: self.written.entry("weight").is_some().then(|| self.number("weight", 1, 1..=10_000)),
             probe: self.probe(),
         }
@@ -305,6 +307,14 @@ impl Reader<'_> {
 
 pub(super) fn port(text: &str) -> Option<u16> {
     text.parse().ok().filter(|number| *number != 0)
+}
+
+/// What a registry takes for a tag or a version.
+const EXPECTED_WORD: &str = "1 to 255 bytes without control characters";
+
+fn word(text: &str) -> Option<String> {
+    let fits = (1..=255).contains(&text.len()) && !text.chars().any(char::is_control);
+    fits.then(|| text.to_owned())
 }
 
 /// A resolver's address; port 53 where none is given.

@@ -109,7 +109,7 @@ fn consul_is_found_by_its_own_variables_too() {
         ("CONSUL_HTTP_TOKEN", "secret"),
     ];
     let consul = read(&["--service", "a"], &variables).unwrap().stores.consul.unwrap();
-    let address = ConsulAddress { tls: true, host: "10.0.0.1".to_owned(), port: 8501 };
+    let address = ConsulAddress::Tcp { tls: true, host: "10.0.0.1".to_owned(), port: 8501 };
     assert_eq!(consul.addresses, [address]);
     assert_eq!((consul.token, consul.tls.verify), (ConsulToken::Variable, false));
     let flags = ["--service", "a", "--consul", "a:1", "--consul", "b:2", "--consul-token-file", token];

@@ -71,6 +71,10 @@ pub struct App {
     pub mutual_tls: MutualTls,
     /// The same for single ports.
     pub mutual_tls_ports: BTreeMap<u16, MutualTls>,
+    /// Its version, for others to see.
+    pub version: Option<String>,
+    /// Words that are registered with it.
+    pub tags: Vec<String>,
     /// Its share of the traffic; none: what the registry has for those that say nothing.
     pub weight: Option<u16>,
     /// How it is asked whether it lives.

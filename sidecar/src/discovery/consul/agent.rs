@@ -23,7 +23,8 @@ use hyper::{
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::ClientConfig;
 use tokio::{
-    net::lookup_host,
+    io::{AsyncRead, AsyncWrite},
+    net::{UnixStream, lookup_host},
     sync::{Mutex as AsyncMutex, Semaphore},
     time::timeout,
 };
@@ -93,7 +94,10 @@ impl Agent {
 
     /// For the log.
     pub(super) fn shown(&self) -> String {
-        let ConsulAddress { tls, host, port } = &self.address;
+        let (tls, host, port) = match &self.address {
+            ConsulAddress::Tcp { tls, host, port } => (tls, host, port),
+            ConsulAddress::Unix(path) => return format!("unix://{}", path.display()),
+        };
         let scheme = if *tls { "https" } else { "http" };
         if host.contains(':') {
             format!("{scheme}://[{host}]:{port}")
@@ -109,6 +113,9 @@ impl Agent {
 
     /// The value of the `Host` header.
     pub(super) fn authority(&self) -> String {
+        if matches!(self.address, ConsulAddress::Unix(_)) {
+            return "localhost".to_owned();
+        }
         self.shown().split_once("://").map(|(_, rest)| rest.to_owned()).unwrap_or_default()
     }
 
@@ -216,14 +223,27 @@ impl Agent {
 
     async fn connect(&self) -> Result<Connection, Error> {
         let Some((config, name)) = &self.tls else {
-            return self.speak_http1(self.dial().await?).await;
+            return match &self.address {
+                ConsulAddress::Unix(path) => {
+                    let refused = |error: io::Error| {
+                        unreachable(format!(
+                            "cannot be reached: {error}; is the agent running, and may we write there?"
+                        ))
+                    };
+                    self.speak_http1(UnixStream::connect(path).await.map_err(refused)?).await
+                }
+                ConsulAddress::Tcp { host, port, .. } => self.speak_http1(dial(host, *port).await?).await,
+            };
         };
         // Held while connecting, so that many questions at the start share one connection.
         let mut shared = self.http2.lock().await;
         if let Some(sender) = shared.as_ref().filter(|sender| sender.is_ready()) {
             return Ok(Connection::Http2(sender.clone()));
         }
-        let stream = self.dial().await?;
+        let ConsulAddress::Tcp { host, port, .. } = &self.address else {
+            return Err(unreachable("a socket has no TLS".to_owned()));
+        };
+        let stream = dial(host, *port).await?;
         let (stream, protocol) = connect_registry(stream, config.clone(), name)
             .await
             .map_err(|error| unreachable(format!("TLS failed: {error}{}", hint(&error))))?;
@@ -243,28 +263,28 @@ impl Agent {
         Ok(Connection::Http2(sender))
     }
 
-    async fn speak_http1(&self, stream: Stream) -> Result<Connection, Error> {
+    async fn speak_http1(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    ) -> Result<Connection, Error> {
         let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(broke)?;
         // It ends when the sender is dropped.
         tokio::spawn(connection);
         Ok(Connection::Http1(sender))
     }
+}
 
-    /// The first of its addresses that answers.
-    async fn dial(&self) -> Result<Stream, Error> {
-        let ConsulAddress { host, port, .. } = &self.address;
-        let unknown = |error: io::Error| unreachable(format!("its address is not known: {error}"));
-        let mut last = "its name has no address".to_owned();
-        for address in lookup_host((host.as_str(), *port)).await.map_err(unknown)? {
-            match net::dial(address).await {
-                Ok(tcp) => return Ok(tcp.into()),
-                Err(error) => {
-                    last = format!("cannot be reached at {address}: {error}; is the agent running?")
-                }
-            }
+/// The first address of this host that answers.
+async fn dial(host: &str, port: u16) -> Result<Stream, Error> {
+    let unknown = |error: io::Error| unreachable(format!("its address is not known: {error}"));
+    let mut last = "its name has no address".to_owned();
+    for address in lookup_host((host, port)).await.map_err(unknown)? {
+        match net::dial(address).await {
+            Ok(tcp) => return Ok(tcp.into()),
+            Err(error) => last = format!("cannot be reached at {address}: {error}; is the agent running?"),
         }
-        Err(unreachable(last))
     }
+    Err(unreachable(last))
 }
 
 async fn read(answer: Response<Incoming>, most: usize, term: u64) -> Result<Said, Error> {

@@ -170,7 +170,7 @@ impl Client {
     /// The file for TLS that cannot be used.
     pub fn new(settings: &Consul, metrics: Arc<Metrics>) -> Result<Arc<Client>, String> {
         let ConsulTls { ca_file, client, server_name, verify } = &settings.tls;
-        let has_tls = settings.addresses.iter().any(|address| address.tls);
+        let has_tls = settings.addresses.iter().any(ConsulAddress::has_tls);
         let tls = if has_tls {
             let client = client.as_ref().map(|(certificate, key)| (Path::new(certificate), Path::new(key)));
             if !verify {
@@ -181,17 +181,16 @@ impl Client {
             None
         };
         let agent = |address: &ConsulAddress| {
-            let name = server_name.clone().unwrap_or_else(|| address.host.clone());
-            let tls = tls.clone().filter(|_| address.tls).map(|config| (config, name));
+            let tls = match address {
+                ConsulAddress::Tcp { tls: true, host, .. } => {
+                    tls.clone().map(|config| (config, server_name.clone().unwrap_or_else(|| host.clone())))
+                }
+                ConsulAddress::Tcp { .. } | ConsulAddress::Unix(_) => None,
+            };
             // The blocking queries, one for policies, and a few that are answered at once.
-            let connections = if is_loopback(address) { LOOPBACK_SLOTS } else { PLAIN_SLOTS } + BESIDE;
-            Agent::new(address.clone(), tls, connections)
+            Agent::new(address.clone(), tls, slots(address).min(PLAIN_SLOTS) + BESIDE)
         };
-        let slots = settings.addresses.iter().map(|address| match (address.tls, is_loopback(address)) {
-            (true, _) => TLS_SLOTS,
-            (false, true) => LOOPBACK_SLOTS,
-            (false, false) => PLAIN_SLOTS,
-        });
+        let slots = settings.addresses.iter().map(slots);
         Ok(Arc::new(Client {
             agents: settings.addresses.iter().map(agent).collect(),
             current: AtomicUsize::new(0),
@@ -316,9 +315,16 @@ impl Client {
     }
 }
 
-fn is_loopback(address: &ConsulAddress) -> bool {
-    let host = &address.host;
-    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.to_canonical().is_loopback())
+/// How many blocking queries an agent gets.
+fn slots(address: &ConsulAddress) -> usize {
+    let is_loopback = |host: &str| {
+        host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.to_canonical().is_loopback())
+    };
+    match address {
+        ConsulAddress::Tcp { tls: true, .. } => TLS_SLOTS,
+        ConsulAddress::Tcp { host, .. } if !is_loopback(host) => PLAIN_SLOTS,
+        ConsulAddress::Tcp { .. } | ConsulAddress::Unix(_) => LOOPBACK_SLOTS,
+    }
 }
 
 /// An index of 0 would make a blocking query return at once, for ever (Consul's documentation, "Implementation
