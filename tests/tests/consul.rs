@@ -14,6 +14,8 @@ mod crowd;
 mod discovery;
 #[path = "consul/fleet.rs"]
 mod fleet;
+#[path = "consul/herd.rs"]
+mod herd;
 #[path = "consul/load.rs"]
 mod load;
 #[path = "consul/loss.rs"]

@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt, time::Duration};
 
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::time::Instant;
 use weft_tests::{Consul, Mesh, Pod, Process, Sidecar, output_of, pause, until};
 
@@ -100,15 +101,35 @@ pub fn leader(agent: &Consul<'_>) -> Option<String> {
     leader.as_str()?.split_once(':').map(|(address, _)| address.to_owned())
 }
 
-/// The most questions from outside the agent's pod that it answered within a second of its clock, and all of them.
+/// The most questions from outside the agent's pod that came within a second of its clock, and all of them. It logs
+/// a question when it is answered, and how long that took.
 pub fn busiest_second(log: &str) -> (usize, usize) {
-    let mut seconds: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut seconds: BTreeMap<i64, usize> = BTreeMap::new();
     let of_others =
         log.lines().filter(|line| line.contains("Request finished") && !line.contains("from=127.0.0.1"));
     for line in of_others {
-        *seconds.entry(line.trim_start().get(..19).unwrap_or_default()).or_default() += 1;
+        let time = line.split_whitespace().next().unwrap_or_default();
+        let answered = OffsetDateTime::parse(time, &Rfc3339).expect("a line begins with its time");
+        let took = line.rsplit_once("latency=").map(|(_, took)| go_duration(took.trim())).unwrap_or_default();
+        *seconds.entry((answered - took).unix_timestamp()).or_default() += 1;
     }
     (seconds.values().copied().max().unwrap_or_default(), seconds.values().sum())
+}
+
+/// `4m37.2s`, `1.5ms`, as Go writes it.
+fn go_duration(text: &str) -> Duration {
+    const UNITS: [(&str, f64); 6] =
+        [("ns", 1e-9), ("µs", 1e-6), ("ms", 1e-3), ("h", 3600.0), ("m", 60.0), ("s", 1.0)];
+    let (mut rest, mut seconds) = (text, 0.0);
+    while !rest.is_empty() {
+        let end = rest.find(|one: char| one != '.' && !one.is_ascii_digit()).unwrap_or(rest.len());
+        let (number, unit) = rest.split_at(end);
+        let (name, factor) =
+            UNITS.iter().find(|(name, _)| unit.starts_with(name)).unwrap_or_else(|| panic!("{text}"));
+        seconds += number.parse::<f64>().expect(text) * factor;
+        rest = &unit[name.len()..];
+    }
+    Duration::from_secs_f64(seconds)
 }
 
 /// Waits until something is so, and says how long it took.

@@ -14,6 +14,15 @@ pub(super) fn pause(failures: u32, longest: Duration, random: &mut fastrand::Rng
     doubled.min(longest).mul_f64(0.5 + 0.5 * random.f64())
 }
 
+/// What the share of one service is, where one sidecar asks for many again.
+const SHARE: Duration = Duration::from_millis(100);
+
+/// A pause of one of so many services that lost Consul together, where nobody waits for the answer: it makes some
+/// ten questions a second of them, in no order.
+pub(super) fn turn(services: usize, random: &mut fastrand::Rng) -> Duration {
+    SHARE.saturating_mul(u32::try_from(services).unwrap_or(u32::MAX)).min(LONGEST).mul_f64(random.f64())
+}
+
 /// A time that is up to a tenth longer.
 pub(super) fn spread(time: Duration, random: &mut fastrand::Rng) -> Duration {
     time.mul_f64(1.0 + 0.1 * random.f64())
@@ -34,6 +43,11 @@ mod tests {
             assert!(pauses.iter().all(|pause| (least..=most).contains(pause)), "{failures}: {pauses:?}");
             let width = pauses.iter().max().unwrap() - pauses.iter().min().unwrap();
             assert!(width > (most - least) * 8 / 10, "{failures}: not spread");
+        }
+        for (services, most) in [(0, 0), (1, 100), (50, 5000), (usize::MAX, 30_000)] {
+            let turns: Vec<_> = (0..200).map(|_| turn(services, &mut random).as_millis()).collect();
+            assert!(turns.iter().all(|turn| *turn <= most), "{services}: {turns:?}");
+            assert!(turns.iter().max().unwrap() >= &(most * 8 / 10), "{services}: not spread");
         }
         let times: Vec<_> = (0..100).map(|_| spread(LONGEST, &mut random)).collect();
         assert!(times.iter().all(|time| (LONGEST..=LONGEST.mul_f64(1.1)).contains(time)));

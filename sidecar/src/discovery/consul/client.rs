@@ -62,6 +62,8 @@ pub struct Client {
     pub(super) slots: Arc<Semaphore>,
     /// The blocking queries of now.
     pub(super) waits: Waits,
+    /// Services that are watched.
+    pub(super) watches: AtomicUsize,
     metrics: Arc<Metrics>,
 }
 
@@ -197,6 +199,7 @@ impl Client {
             token: Token::new(settings.token.clone()),
             slots: Arc::new(Semaphore::new(slots.min().unwrap_or(LOOPBACK_SLOTS))),
             waits: Waits::default(),
+            watches: AtomicUsize::new(0),
             metrics,
         }))
     }

@@ -4,7 +4,11 @@
 //! blocking queries are taken, the service is read every ten seconds until one is free; a name that nobody
 //! registered is read so and takes no place. It ends when nobody used the service for a while.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use hyper::Method;
 use serde::{Deserialize, Serialize};
@@ -15,7 +19,7 @@ use tokio::{
 };
 
 use super::{
-    backoff::{LONGEST, pause, spread},
+    backoff::{LONGEST, pause, spread, turn},
     client::{Answer, Client, Place, Question},
     error::{Error, Kind},
     health::{self, Reading},
@@ -87,6 +91,7 @@ impl Watch {
         random: fastrand::Rng,
     ) -> Self {
         let known = Known::new(interest.name().clone());
+        client.watches.fetch_add(1, Ordering::Relaxed);
         Watch {
             number,
             client,
@@ -116,8 +121,7 @@ impl Watch {
                     if self.tell.send(News::Failed { name, error }).await.is_err() {
                         return;
                     }
-                    let longest = if self.known.is_empty() { LONGEST_WITHOUT } else { LONGEST };
-                    Instant::now() + pause(self.failures, longest, &mut self.random)
+                    Instant::now() + self.pause()
                 }
             };
             if self.is_idle() {
@@ -130,6 +134,15 @@ impl Watch {
                 return;
             }
         }
+    }
+
+    /// The pause after a failure; who knows the service does not wait for the answer.
+    fn pause(&mut self) -> Duration {
+        if self.known.is_empty() {
+            return pause(self.failures, LONGEST_WITHOUT, &mut self.random);
+        }
+        let turn = turn(self.client.watches.load(Ordering::Relaxed), &mut self.random);
+        pause(self.failures, LONGEST, &mut self.random) + turn
     }
 
     fn spacing(&mut self) -> Duration {
@@ -240,6 +253,12 @@ impl Watch {
             }
             None => Ok(()),
         }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.client.watches.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
