@@ -5,12 +5,14 @@
 //! in this room waits, and nothing grows without a bound: what is too much is dropped and counted.
 
 mod access_log;
+mod collector;
 mod connection;
 mod cut;
 mod exposition;
 mod families;
 mod log;
 mod metrics;
+mod otlp;
 mod process;
 mod propagation;
 mod record;

@@ -76,9 +76,22 @@ async fn listen() -> (TcpListener, String) {
     (listener, url)
 }
 
-/// What a gRPC collector got: metadata and message.
+/// What a gRPC collector got, metadata and message, and what it answers with, the last one first; then it agrees.
 #[derive(Clone)]
-struct Collector(UnboundedSender<(HeaderMap, ExportTraceServiceRequest)>);
+struct Collector(UnboundedSender<(HeaderMap, ExportTraceServiceRequest)>, Arc<Mutex<Vec<tonic::Status>>>);
+
+impl Collector {
+    fn serve(
+        listener: TcpListener,
+        refusals: Vec<tonic::Status>,
+    ) -> UnboundedReceiver<(HeaderMap, ExportTraceServiceRequest)> {
+        let (sender, got) = unbounded_channel();
+        let service = TraceServiceServer::new(Collector(sender, Arc::new(Mutex::new(refusals))));
+        let server = tonic::transport::Server::builder().add_service(service);
+        tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+        got
+    }
+}
 
 #[tonic::async_trait]
 impl TraceService for Collector {
@@ -88,11 +101,15 @@ impl TraceService for Collector {
     ) -> Result<tonic::Response<ExportTraceServiceResponse>, tonic::Status> {
         let headers = request.metadata().clone().into_headers();
         let _ = self.0.send((headers, request.into_inner()));
-        Ok(tonic::Response::new(ExportTraceServiceResponse::default()))
+        match self.1.lock().unwrap().pop() {
+            Some(refusal) => Err(refusal),
+            None => Ok(tonic::Response::new(ExportTraceServiceResponse::default())),
+        }
     }
 }
 
-/// An HTTP collector that answers with `status`; what it got: path, headers, body.
+/// An HTTP collector that answers with `status`, with 429 that it needs half of eternity; what it got: path, headers,
+/// body.
 fn http_collector(
     listener: TcpListener,
     status: Arc<Mutex<u16>>,
@@ -107,7 +124,12 @@ fn http_collector(
                     let (head, body) = request.into_parts();
                     let body = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
                     let _ = sender.send((head.uri.path().to_owned(), head.headers, body));
-                    let answer = Response::builder().status(status).body(Full::<Bytes>::default());
+                    let answer = Response::builder().status(status);
+                    let answer = match status {
+                        429 => answer.header("retry-after", u64::MAX),
+                        _ => answer,
+                    };
+                    let answer = answer.body(Full::<Bytes>::default());
                     Ok::<_, Infallible>(answer.unwrap())
                 }
             });
@@ -129,11 +151,15 @@ fn text(span: &Span, name: &str) -> Option<String> {
     }
 }
 
-/// The three spans of [`call`] as one tree below the caller's span.
+/// The three spans of [`call`] as one tree below the caller's span, from a service `shop`.
 fn check(resources: &[ResourceSpans]) {
-    let [resource] = resources else { panic!("one resource: {resources:?}") };
-    let service = resource.resource.as_ref().unwrap().attributes.iter().find(|a| a.key == "service.name");
+    let service = resources[0].resource.as_ref().unwrap().attributes.iter().find(|a| a.key == "service.name");
     assert!(format!("{service:?}").contains("\"shop\""), "{service:?}");
+    check_spans(resources);
+}
+
+fn check_spans(resources: &[ResourceSpans]) {
+    let [resource] = resources else { panic!("one resource: {resources:?}") };
     let spans: Vec<&Span> = resource.scope_spans.iter().flat_map(|scope| &scope.spans).collect();
     let [refused, answered, client] = spans[..] else { panic!("three spans: {spans:?}") };
     let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
@@ -150,9 +176,7 @@ fn check(resources: &[ResourceSpans]) {
 #[tokio::test]
 async fn spans_arrive_over_grpc() {
     let (listener, url) = listen().await;
-    let (sender, mut got) = unbounded_channel();
-    let server = tonic::transport::Server::builder().add_service(TraceServiceServer::new(Collector(sender)));
-    let server = tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+    let mut got = Collector::serve(listener, Vec::new());
     let (telemetry, export) = telemetry(&[
         ("OTEL_EXPORTER_OTLP_ENDPOINT", &url),
         ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"),
@@ -167,7 +191,6 @@ async fn spans_arrive_over_grpc() {
     assert!(counted(&telemetry, "weft_spans_exported_total 3"));
     drop(telemetry);
     timeout(PATIENCE, export).await.expect("the export ends with its telemetry").unwrap().unwrap();
-    server.abort();
 }
 
 #[tokio::test]
@@ -259,5 +282,40 @@ async fn a_collector_that_refuses_or_is_away_costs_spans_only() {
         call(&telemetry);
         telemetry.flush(PATIENCE).await;
         assert!(counted(&telemetry, "weft_spans_dropped_total{reason=\"export_failed\"} 3"), "{protocol}");
+    }
+}
+
+#[tokio::test]
+async fn what_a_collector_refuses_for_now_is_sent_again() {
+    let (listener, url) = listen().await;
+    let status = Arc::new(Mutex::new(503));
+    let mut got = http_collector(listener, status.clone());
+    let (telemetry_a, _export) = telemetry(&[("OTEL_EXPORTER_OTLP_ENDPOINT", &url)]);
+    call(&telemetry_a);
+    let again = async {
+        let (_, _, first) = got.recv().await.unwrap();
+        *status.lock().unwrap() = 200;
+        let (_, _, second) = got.recv().await.unwrap();
+        assert_eq!(first, second);
+    };
+    tokio::join!(timeout(PATIENCE, again), telemetry_a.flush(PATIENCE)).0.unwrap();
+    assert!(counted(&telemetry_a, "weft_spans_exported_total 3"));
+    // Later than the timeout is never.
+    *status.lock().unwrap() = 429;
+    call(&telemetry_a);
+    telemetry_a.flush(PATIENCE).await;
+    assert!(counted(&telemetry_a, "weft_spans_dropped_total{reason=\"export_failed\"} 3"));
+    assert!(got.try_recv().is_ok() && got.try_recv().is_err());
+
+    let (listener, url) = listen().await;
+    let refusals = vec![tonic::Status::unavailable("soon"), tonic::Status::unavailable("not yet")];
+    let mut got = Collector::serve(listener, refusals);
+    let (telemetry_b, _export) =
+        telemetry(&[("OTEL_EXPORTER_OTLP_ENDPOINT", &url), ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")]);
+    call(&telemetry_b);
+    telemetry_b.flush(PATIENCE).await;
+    assert!(counted(&telemetry_b, "weft_spans_exported_total 3"));
+    for _ in 0..3 {
+        check_spans(&got.try_recv().unwrap().1.resource_spans);
     }
 }

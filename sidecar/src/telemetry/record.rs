@@ -255,7 +255,7 @@ impl Record {
 
     fn end_attempt(&mut self) {
         if let Some(attempt) = self.inner.attempt.take() {
-            self.inner.export_attempt(attempt, SystemTime::now());
+            self.inner.export_attempt(&attempt, SystemTime::now());
         }
     }
 }
@@ -281,12 +281,10 @@ impl Drop for Record {
         if inner.telemetry.access_log.wants(inner.failure.is_some()) {
             inner.log(took.as_secs_f64());
         }
-        let now = inner.started_at + took;
-        if let Some(mut attempt) = inner.attempt.take() {
+        if let Some(attempt) = &mut inner.attempt {
             attempt.failure = attempt.failure.or(inner.failure);
-            inner.export_attempt(attempt, now);
         }
-        inner.export(now);
+        inner.export(inner.started_at + took);
     }
 }
 

@@ -40,7 +40,7 @@ pub struct ExportSettings {
     pub queue: usize,
     /// Spans in one batch, at most.
     pub batch: usize,
-    /// How long a span waits for its batch to fill.
+    /// How long a span waits for its batch to fill, at most.
     pub delay: Duration,
 }
 

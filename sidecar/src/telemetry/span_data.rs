@@ -2,19 +2,16 @@
 //! client span below it per attempt. Attributes follow the semantic conventions for HTTP; ours begin with
 //! `weft.`. Only sampled traces get here.
 
-use std::{net::SocketAddr, time::SystemTime};
+use std::time::SystemTime;
 
 use hyper::Method;
-use opentelemetry::{
-    InstrumentationScope, KeyValue,
-    trace::{SpanContext, SpanId, SpanKind, Status, TraceFlags, TraceId, TraceState},
-};
-use opentelemetry_sdk::trace::{SpanData, SpanEvents, SpanLinks};
+use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 
 use super::{
     metrics::Direction,
+    otlp::{Attributes, SpanFields},
     record::{Attempt, Inner},
-    trace::TraceContext,
+    spans::Spans,
 };
 use crate::model::{Failure, HttpVersion};
 
@@ -26,146 +23,136 @@ struct Outcome<'a> {
 }
 
 impl Inner {
-    /// Hands over the span of the request.
-    pub fn export(&self, end: SystemTime) {
-        let Some(spans) = self.telemetry.spans.as_ref().filter(|_| self.trace.sampled) else { return };
-        let mut attributes = self.common_attributes();
-        if let Some(words) = &self.words {
-            attributes.push(KeyValue::new("url.path", words.path().to_owned()));
+    /// Where the spans of this request go, if anywhere.
+    fn spans(&self) -> Option<&Spans> {
+        self.telemetry.spans.as_ref().filter(|_| self.trace.sampled)
+    }
+
+    /// Hands over the span of an attempt that was not the last thing.
+    pub fn export_attempt(&self, attempt: &Attempt, end: SystemTime) {
+        if let Some(spans) = self.spans() {
+            spans.finished(self.attempt_span(attempt, self.common_attributes(), end));
         }
-        attributes.push(KeyValue::new("http.request.body.size", self.request_bytes() as i64));
-        attributes.push(KeyValue::new("http.response.body.size", self.response_bytes as i64));
+    }
+
+    /// Hands over the spans of the last attempt, where one is open, and of the request.
+    pub fn export(&self, end: SystemTime) {
+        let Some(spans) = self.spans() else { return };
+        let common = self.common_attributes();
+        if let Some(attempt) = &self.attempt {
+            spans.finished(self.attempt_span(attempt, common.to_be_continued(), end));
+        }
+        spans.finished(self.request_span(common, end));
+    }
+
+    fn request_span(&self, mut attributes: Attributes, end: SystemTime) -> Vec<u8> {
+        if let Some(words) = &self.words {
+            attributes.text("url.path", words.path());
+        }
+        attributes.number("http.request.body.size", self.request_bytes() as i64);
+        attributes.number("http.response.body.size", self.response_bytes as i64);
         if let Some(status) = self.grpc_status {
-            attributes.push(KeyValue::new("rpc.grpc.status_code", i64::from(status)));
+            attributes.number("rpc.grpc.status_code", i64::from(status));
         }
         let kind = match self.direction() {
             Direction::Inbound => {
-                attributes.push(KeyValue::new("client.address", self.peer_address.ip().to_string()));
-                attributes.extend(peer_attributes(self.peer_address));
+                let address = self.peer_address.ip().to_string();
+                attributes.text("client.address", &address);
+                put_peer(&mut attributes, &address, self.peer_address.port());
                 SpanKind::Server
             }
             Direction::Outbound => SpanKind::Client,
         };
         if self.attempts > 1 {
-            attributes.push(KeyValue::new("http.request.resend_count", i64::from(self.attempts - 1)));
+            attributes.number("http.request.resend_count", i64::from(self.attempts - 1));
         }
         let outcome = Outcome { status: self.status, failure: self.failure, detail: self.detail.as_deref() };
-        spans.finished(span(&self.trace, kind, self.name(), (self.started_at, end), attributes, &outcome));
+        let error = put_outcome(&mut attributes, kind, &outcome);
+        let times = (self.started_at, end);
+        attributes.into_span(&SpanFields { trace: &self.trace, kind, name: &self.name(), times, error })
     }
 
-    /// Hands over the span of an attempt.
-    pub fn export_attempt(&self, attempt: Attempt, end: SystemTime) {
-        let Some(spans) = self.telemetry.spans.as_ref().filter(|_| self.trace.sampled) else { return };
-        let mut attributes = self.common_attributes();
-        attributes.push(KeyValue::new("weft.endpoint", attempt.endpoint.to_string()));
-        attributes.push(KeyValue::new("weft.attempt", i64::from(attempt.number)));
-        attributes.extend(attempt.reason.map(|reason| KeyValue::new("weft.retry.reason", reason)));
-        attributes.extend(peer_attributes(attempt.endpoint));
+    fn attempt_span(&self, attempt: &Attempt, mut attributes: Attributes, end: SystemTime) -> Vec<u8> {
+        let address = attempt.endpoint.ip().to_string();
+        attributes.text("weft.endpoint", &attempt.endpoint.to_string());
+        attributes.number("weft.attempt", i64::from(attempt.number));
+        if let Some(reason) = attempt.reason {
+            attributes.text("weft.retry.reason", reason);
+        }
+        put_peer(&mut attributes, &address, attempt.endpoint.port());
         let outcome =
             Outcome { status: attempt.status, failure: attempt.failure, detail: attempt.detail.as_deref() };
-        let name = format!("{} attempt {}", self.name(), attempt.number);
+        let kind = SpanKind::Client;
+        let error = put_outcome(&mut attributes, kind, &outcome);
+        let ([method, space, service], number) = (self.name(), attempt.number.to_string());
+        let name = &[method, space, service, " attempt ", &number];
         let times = (attempt.started_at, end);
-        spans.finished(span(&attempt.trace, SpanKind::Client, name, times, attributes, &outcome));
+        attributes.into_span(&SpanFields { trace: &attempt.trace, kind, name, times, error })
     }
 
-    /// Few values: the method and the service, never a path.
-    fn name(&self) -> String {
-        let method = known(&self.method).unwrap_or("HTTP");
-        format!("{method} {}", self.handles.service())
+    /// In parts. Few values: the method and the service, never a path.
+    fn name(&self) -> [&str; 3] {
+        [known(&self.method).unwrap_or("HTTP"), " ", self.handles.service()]
     }
 
-    fn common_attributes(&self) -> Vec<KeyValue> {
-        let mut attributes = Vec::with_capacity(20);
-        attributes.push(KeyValue::new("http.request.method", known(&self.method).unwrap_or("_OTHER")));
-        attributes.push(KeyValue::new("url.scheme", "http"));
+    fn common_attributes(&self) -> Attributes {
+        let mut attributes = Attributes::new();
+        attributes.text("http.request.method", known(&self.method).unwrap_or("_OTHER"));
+        attributes.text("url.scheme", "http");
         if let Some(authority) = self.words.as_ref().and_then(|words| words.authority()) {
             let parsed: Option<hyper::http::uri::Authority> = authority.parse().ok();
             if let Some(authority) = parsed {
-                attributes.push(KeyValue::new("server.address", authority.host().to_owned()));
-                let port = authority.port_u16().map(|port| KeyValue::new("server.port", i64::from(port)));
-                attributes.extend(port);
+                attributes.text("server.address", authority.host());
+                if let Some(port) = authority.port_u16() {
+                    attributes.number("server.port", i64::from(port));
+                }
             }
         }
         let version = match self.protocol.http() {
             Some(HttpVersion::Http2) => "2",
             _ => "1.1",
         };
-        attributes.push(KeyValue::new("network.protocol.version", version));
-        attributes.push(KeyValue::new("weft.direction", self.direction().label()));
-        attributes.push(KeyValue::new("weft.service", self.handles.service().clone()));
+        attributes.text("network.protocol.version", version);
+        attributes.text("weft.direction", self.direction().label());
+        attributes.text("weft.service", self.handles.service());
         if !self.handles.route().is_empty() {
-            attributes.push(KeyValue::new("weft.route", self.handles.route().clone()));
+            attributes.text("weft.route", self.handles.route());
         }
         if let Some(own) = &*self.telemetry.identity.load() {
-            attributes.push(KeyValue::new("weft.own.identity", own.as_str().to_owned()));
+            attributes.text("weft.own.identity", own.as_str());
         }
         if let Some(peer) = &self.peer {
-            attributes.push(KeyValue::new("weft.peer.identity", peer.as_str().to_owned()));
+            attributes.text("weft.peer.identity", peer.as_str());
             // An identity is proven by the mesh's mutual TLS only, and that has one version.
-            attributes.push(KeyValue::new("weft.tls.version", "1.3"));
+            attributes.text("weft.tls.version", "1.3");
         }
         attributes
     }
 }
 
-fn span(
-    trace: &TraceContext,
-    kind: SpanKind,
-    name: String,
-    (start_time, end_time): (SystemTime, SystemTime),
-    mut attributes: Vec<KeyValue>,
-    outcome: &Outcome<'_>,
-) -> SpanData {
+/// Adds how the span ended; returns the message of its status where that is an error.
+fn put_outcome<'a>(attributes: &mut Attributes, kind: SpanKind, outcome: &Outcome<'a>) -> Option<&'a str> {
     if let Some(status) = outcome.status {
-        attributes.push(KeyValue::new("http.response.status_code", i64::from(status)));
+        attributes.number("http.response.status_code", i64::from(status));
     }
     if let Some(failure) = outcome.failure {
-        attributes.push(KeyValue::new("error.type", failure.label()));
-        attributes.push(KeyValue::new("weft.failure", failure.label()));
-    } else if let Some(status) = outcome.status.filter(|status| is_error(*status, &kind)) {
-        attributes.push(KeyValue::new("error.type", status.to_string()));
+        attributes.text("error.type", failure.label());
+        attributes.text("weft.failure", failure.label());
+    } else {
+        let status = outcome.status.filter(|status| is_error(*status, kind))?;
+        attributes.text("error.type", &status.to_string());
     }
-    let failed = outcome.failure.is_some() || outcome.status.is_some_and(|status| is_error(status, &kind));
-    let status = match failed {
-        true => Status::error(outcome.detail.unwrap_or_default().to_owned()),
-        false => Status::Unset,
-    };
-    SpanData {
-        span_context: SpanContext::new(
-            TraceId::from_bytes(trace.trace_id.to_be_bytes()),
-            SpanId::from_bytes(trace.span_id.to_be_bytes()),
-            TraceFlags::SAMPLED,
-            false,
-            TraceState::NONE,
-        ),
-        parent_span_id: SpanId::from_bytes(trace.parent_id.to_be_bytes()),
-        parent_span_is_remote: trace.parent_is_remote,
-        span_kind: kind,
-        name: name.into(),
-        start_time,
-        // A clock that was set back must not make a span end before it began.
-        end_time: end_time.max(start_time),
-        attributes,
-        dropped_attributes_count: 0,
-        events: SpanEvents::default(),
-        links: SpanLinks::default(),
-        status,
-        instrumentation_scope: InstrumentationScope::builder("weft-sidecar")
-            .with_version(env!("CARGO_PKG_VERSION"))
-            .build(),
-    }
+    Some(outcome.detail.unwrap_or_default())
 }
 
 /// A server's 4xx is the client's fault; a client's is an error.
-fn is_error(status: u16, kind: &SpanKind) -> bool {
-    status >= if *kind == SpanKind::Server { 500 } else { 400 }
+fn is_error(status: u16, kind: SpanKind) -> bool {
+    status >= if kind == SpanKind::Server { 500 } else { 400 }
 }
 
-fn peer_attributes(address: SocketAddr) -> [KeyValue; 2] {
-    [
-        KeyValue::new("network.peer.address", address.ip().to_string()),
-        KeyValue::new("network.peer.port", i64::from(address.port())),
-    ]
+fn put_peer(attributes: &mut Attributes, address: &str, port: u16) {
+    attributes.text("network.peer.address", address);
+    attributes.number("network.peer.port", i64::from(port));
 }
 
 /// The conventions allow only methods of RFC 9110 and PATCH as values.

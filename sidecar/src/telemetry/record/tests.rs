@@ -1,7 +1,10 @@
 use std::{collections::HashMap, time::Duration};
 
-use opentelemetry::trace::{SpanKind, Status};
-use opentelemetry_sdk::trace::SpanData;
+use opentelemetry_proto::tonic::{
+    common::v1::any_value,
+    trace::v1::{Span, SpanFlags, span::SpanKind, status::StatusCode},
+};
+use prost::Message;
 use serde_json::Value;
 
 use super::super::{AccessLog, AccessLogTarget, Metrics, Security, SpanExport, Telemetry, TraceSettings};
@@ -55,8 +58,9 @@ impl Seen {
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
-    fn spans(&mut self) -> Vec<SpanData> {
-        self.export.as_mut().unwrap().waiting()
+    fn spans(&mut self) -> Vec<Span> {
+        let spans = self.export.as_mut().unwrap().waiting();
+        spans.iter().map(|span| Span::decode(span.as_slice()).unwrap()).collect()
     }
 
     fn counted(&self, line: &str) -> bool {
@@ -64,8 +68,17 @@ impl Seen {
     }
 }
 
-fn attribute<'a>(span: &'a SpanData, name: &str) -> Option<std::borrow::Cow<'a, str>> {
-    span.attributes.iter().find(|attribute| attribute.key.as_str() == name).map(|found| found.value.as_str())
+fn attribute(span: &Span, name: &str) -> Option<String> {
+    let found = span.attributes.iter().find(|attribute| attribute.key == name)?;
+    match found.value.as_ref()?.value.as_ref()? {
+        any_value::Value::StringValue(text) => Some(text.clone()),
+        any_value::Value::IntValue(number) => Some(number.to_string()),
+        other => panic!("{name} is {other:?}"),
+    }
+}
+
+fn hex(id: &[u8]) -> String {
+    id.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn endpoint() -> SocketAddr {
@@ -105,10 +118,12 @@ async fn a_request_that_went_well_is_written_once() {
         assert_eq!(line[field], expected, "{field} in {line}");
     }
     let [span] = &seen.spans()[..] else { panic!("one span") };
-    assert_eq!(span.span_kind, SpanKind::Server);
-    assert_eq!(span.parent_span_id.to_string(), "b7ad6b7169203331");
-    assert!(span.parent_span_is_remote);
-    assert_eq!((span.name.as_ref(), &span.status), ("GET orders", &Status::Unset));
+    assert_eq!(span.kind(), SpanKind::Server);
+    assert_eq!(hex(&span.trace_id), "0af7651916cd43dd8448eb211c80319c");
+    assert_eq!(hex(&span.parent_span_id), "b7ad6b7169203331");
+    let remote = SpanFlags::ContextHasIsRemoteMask as u32 | SpanFlags::ContextIsRemoteMask as u32;
+    assert_eq!(span.flags, 1 | remote);
+    assert_eq!((span.name.as_str(), &span.status), ("GET orders", &None));
     for (name, expected) in [
         ("http.request.method", "GET"),
         ("http.response.status_code", "200"),
@@ -144,10 +159,11 @@ async fn each_attempt_is_a_span_below_the_client_span() {
     drop(record);
 
     let [failed, answered, client] = &seen.spans()[..] else { panic!("three spans") };
-    assert_eq!(client.parent_span_id.to_string(), "0000000000000002");
+    assert_eq!(hex(&client.parent_span_id), "0000000000000002");
     for span in [failed, answered] {
-        assert_eq!(span.parent_span_id, client.span_context.span_id());
-        assert_eq!(span.span_kind, SpanKind::Client);
+        assert_eq!(span.parent_span_id, client.span_id);
+        assert_eq!(span.kind(), SpanKind::Client);
+        assert_eq!(span.flags, 1 | SpanFlags::ContextHasIsRemoteMask as u32);
         assert_eq!(attribute(span, "weft.endpoint").as_deref(), Some("10.1.0.9:8080"));
     }
     assert_eq!(attribute(failed, "error.type").as_deref(), Some("connect_refused"));
@@ -156,7 +172,9 @@ async fn each_attempt_is_a_span_below_the_client_span() {
     assert_eq!(attribute(answered, "weft.retry.reason").as_deref(), Some("connect_refused"));
     assert_eq!(attribute(client, "http.request.resend_count").as_deref(), Some("1"));
     assert_eq!(attribute(client, "error.type").as_deref(), Some("503"));
-    assert!(matches!(client.status, Status::Error { .. }));
+    assert_eq!(client.status.as_ref().unwrap().code(), StatusCode::Error);
+    let refused = failed.status.as_ref().unwrap();
+    assert_eq!((refused.code(), refused.message.as_str()), (StatusCode::Error, "10.1.0.9:8080 refused"));
     assert!(seen.lines().await.is_empty(), "an app's own 503 is no failure of the mesh");
     assert!(seen.counted("outcome=\"first\",reason=\"\"} 1"));
     assert!(seen.counted("outcome=\"retry\",reason=\"connect_refused\"} 1"));
