@@ -53,6 +53,8 @@ const EXPORT: &str = "/opentelemetry.proto.collector.trace.v1.TraceService/Expor
 const ATTEMPTS: u32 = 4;
 /// The pause after the first attempt; the next ones are twice as long each.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// Of a gRPC status, for the log.
+const MESSAGE_CHARACTERS: usize = 300;
 /// More of an answer is not read: the connection is closed instead.
 const ANSWER_BYTES: usize = 64 * 1024;
 
@@ -64,11 +66,13 @@ impl Collector {
             .parse()
             .with_context(|| format!("cannot export spans to {}", settings.endpoint))?;
         let is_grpc = settings.protocol == OtlpProtocol::Grpc;
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
         let client = Client::builder(TokioExecutor::new())
             .http2_only(is_grpc)
             .timer(TokioTimer::new())
             .pool_timer(TokioTimer::new())
-            .build_http();
+            .build(connector);
         let headers = headers(&settings.headers)?;
         Ok(Collector { client, protocol: settings.protocol, endpoint, headers, timeout: settings.timeout })
     }
@@ -171,7 +175,8 @@ fn refused_by_grpc(status: &Status) -> Refused {
     if let Some(error) = transport {
         return unreachable(error);
     }
-    let why = format!("it answers {:?}: {}", status.code(), status.message());
+    let message: String = status.message().chars().take(MESSAGE_CHARACTERS).collect();
+    let why = format!("it answers {:?}: {message}", status.code());
     let wait = status.get_details_retry_info().and_then(|details| details.retry_delay);
     let again = match status.code() {
         // May be tried again only where the collector says when.

@@ -20,7 +20,7 @@ use opentelemetry_proto::tonic::{
 };
 use prost::{
     Message,
-    encoding::{WireType, encode_key, encode_varint, encoded_len_varint},
+    encoding::{WireType, encode_varint, encoded_len_varint},
 };
 
 use super::{settings::TraceSettings, trace::TraceContext};
@@ -122,11 +122,9 @@ impl Attributes {
 
     /// All but the value, which has this length.
     fn begin(&mut self, key: &str, value: usize) {
-        encode_key(ATTRIBUTES, WireType::LengthDelimited, &mut self.0);
-        encode_varint((field_len(key.len()) + field_len(value)) as u64, &mut self.0);
+        put_head(&mut self.0, ATTRIBUTES, field_len(key.len()) + field_len(value));
         put_bytes(&mut self.0, KEY, key.as_bytes());
-        encode_key(VALUE, WireType::LengthDelimited, &mut self.0);
-        encode_varint(value as u64, &mut self.0);
+        put_head(&mut self.0, VALUE, value);
     }
 
     /// The whole span.
@@ -138,8 +136,7 @@ impl Attributes {
         if trace.parent_id != 0 {
             put_bytes(&mut span, PARENT_SPAN_ID, &trace.parent_id.to_be_bytes());
         }
-        encode_key(NAME, WireType::LengthDelimited, &mut span);
-        encode_varint(name.iter().map(|part| part.len() as u64).sum(), &mut span);
+        put_head(&mut span, NAME, name.iter().map(|part| part.len()).sum());
         name.iter().for_each(|part| span.extend_from_slice(part.as_bytes()));
         put_number(&mut span, KIND, kind as u64);
         put_time(&mut span, START_TIME, start);
@@ -147,15 +144,13 @@ impl Attributes {
         put_time(&mut span, END_TIME, end.max(start));
         if let Some(message) = error {
             let code = StatusCode::Error as u64;
-            let length = field_len(message.len()) + 1 + encoded_len_varint(code);
-            encode_key(STATUS, WireType::LengthDelimited, &mut span);
-            encode_varint(length as u64, &mut span);
+            put_head(&mut span, STATUS, field_len(message.len()) + 1 + encoded_len_varint(code));
             put_bytes(&mut span, MESSAGE, message.as_bytes());
             put_number(&mut span, CODE, code);
         }
         let remote = if trace.parent_is_remote { SpanFlags::ContextIsRemoteMask as u32 } else { 0 };
         let flags = SAMPLED | SpanFlags::ContextHasIsRemoteMask as u32 | remote;
-        encode_key(FLAGS, WireType::ThirtyTwoBit, &mut span);
+        put_key(&mut span, FLAGS, WireType::ThirtyTwoBit);
         span.extend_from_slice(&flags.to_le_bytes());
         span
     }
@@ -213,21 +208,38 @@ fn field_len(bytes: usize) -> usize {
 }
 
 fn put_bytes(buffer: &mut Vec<u8>, field: u32, bytes: &[u8]) {
-    encode_key(field, WireType::LengthDelimited, buffer);
-    encode_varint(bytes.len() as u64, buffer);
+    put_head(buffer, field, bytes.len());
     buffer.extend_from_slice(bytes);
 }
 
+/// All of a field of so many bytes but these.
+fn put_head(buffer: &mut Vec<u8>, field: u32, length: usize) {
+    put_key(buffer, field, WireType::LengthDelimited);
+    put_varint(buffer, length as u64);
+}
+
 fn put_number(buffer: &mut Vec<u8>, field: u32, number: u64) {
-    encode_key(field, WireType::Varint, buffer);
-    encode_varint(number, buffer);
+    put_key(buffer, field, WireType::Varint);
+    put_varint(buffer, number);
+}
+
+fn put_key(buffer: &mut Vec<u8>, field: u32, wire: WireType) {
+    put_varint(buffer, u64::from(field << 3 | wire as u32));
+}
+
+/// Nearly all are one byte, for which prost's loop is slow.
+fn put_varint(buffer: &mut Vec<u8>, number: u64) {
+    match u8::try_from(number) {
+        Ok(byte @ 0..=0x7f) => buffer.push(byte),
+        _ => encode_varint(number, buffer),
+    }
 }
 
 fn put_time(buffer: &mut Vec<u8>, field: u32, time: SystemTime) {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
     // Until the year 2554.
     let nanoseconds = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX);
-    encode_key(field, WireType::SixtyFourBit, buffer);
+    put_key(buffer, field, WireType::SixtyFourBit);
     buffer.extend_from_slice(&nanoseconds.to_le_bytes());
 }
 

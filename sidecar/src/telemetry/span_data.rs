@@ -73,13 +73,14 @@ impl Inner {
     }
 
     fn attempt_span(&self, attempt: &Attempt, mut attributes: Attributes, end: SystemTime) -> Vec<u8> {
-        let address = attempt.endpoint.ip().to_string();
-        attributes.text("weft.endpoint", &attempt.endpoint.to_string());
+        let endpoint = attempt.endpoint.to_string();
+        attributes.text("weft.endpoint", &endpoint);
         attributes.number("weft.attempt", i64::from(attempt.number));
         if let Some(reason) = attempt.reason {
             attributes.text("weft.retry.reason", reason);
         }
-        put_peer(&mut attributes, &address, attempt.endpoint.port());
+        let address = endpoint.rsplit_once(':').map_or("", |(address, _)| address);
+        put_peer(&mut attributes, address.trim_matches(['[', ']']), attempt.endpoint.port());
         let outcome =
             Outcome { status: attempt.status, failure: attempt.failure, detail: attempt.detail.as_deref() };
         let kind = SpanKind::Client;

@@ -147,7 +147,7 @@ async fn each_attempt_is_a_span_below_the_client_span() {
     let mut record = seen.begin(Direction::Outbound, &[("b3", "0000000000000001-0000000000000002-1")]);
     let first = record.attempt(endpoint(), None);
     record.attempt_failed(&Failed::new(Failure::ConnectRefused, "10.1.0.9:8080 refused"));
-    let second = record.attempt(endpoint(), Some("connect_refused"));
+    let second = record.attempt("[fd00::9]:8080".parse().unwrap(), Some("connect_refused"));
     assert_ne!(first.span_id, second.span_id);
     let mut headers = HeaderMap::new();
     record.inject(&second, &mut headers);
@@ -160,11 +160,14 @@ async fn each_attempt_is_a_span_below_the_client_span() {
 
     let [failed, answered, client] = &seen.spans()[..] else { panic!("three spans") };
     assert_eq!(hex(&client.parent_span_id), "0000000000000002");
-    for span in [failed, answered] {
+    let [ipv4, ipv6] = [["10.1.0.9", "10.1.0.9:8080"], ["fd00::9", "[fd00::9]:8080"]];
+    for (span, [address, endpoint]) in [(failed, ipv4), (answered, ipv6)] {
         assert_eq!(span.parent_span_id, client.span_id);
         assert_eq!(span.kind(), SpanKind::Client);
         assert_eq!(span.flags, 1 | SpanFlags::ContextHasIsRemoteMask as u32);
-        assert_eq!(attribute(span, "weft.endpoint").as_deref(), Some("10.1.0.9:8080"));
+        assert_eq!(attribute(span, "weft.endpoint").as_deref(), Some(endpoint));
+        assert_eq!(attribute(span, "network.peer.address").as_deref(), Some(address));
+        assert_eq!(attribute(span, "network.peer.port").as_deref(), Some("8080"));
     }
     assert_eq!(attribute(failed, "error.type").as_deref(), Some("connect_refused"));
     assert_eq!(attribute(failed, "weft.retry.reason"), None);
