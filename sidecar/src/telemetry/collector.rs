@@ -257,6 +257,29 @@ mod tests {
         assert_eq!(refused_by_grpc(&exhausted).again, Some(wait));
     }
 
+    #[tokio::test]
+    async fn a_collector_that_is_not_there_is_tried_again() {
+        // Bound, and nobody listens.
+        let held = tokio::net::TcpSocket::new_v4().unwrap();
+        held.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let mut settings = ExportSettings {
+            protocol: OtlpProtocol::Grpc,
+            endpoint: format!("http://{}/v1/traces", held.local_addr().unwrap()),
+            headers: Vec::new(),
+            timeout: Duration::from_secs(60),
+            queue: 2,
+            batch: 1,
+            delay: Duration::from_secs(60),
+        };
+        let over_grpc = Collector::new(&settings).unwrap().call(&ExportRequest::default()).await;
+        settings.protocol = OtlpProtocol::HttpProtobuf;
+        let over_http = Collector::new(&settings).unwrap().post(&ExportRequest::default()).await;
+        for refused in [over_grpc.unwrap_err(), over_http.unwrap_err()] {
+            assert_eq!(refused.again, NOW);
+            assert!(refused.why.contains("Connection refused"), "{}", refused.why);
+        }
+    }
+
     #[test]
     fn a_header_that_is_not_valid_is_named_without_its_value() {
         let pair = |name: &str, value: &str| [(name.to_owned(), value.to_owned())];
