@@ -107,6 +107,15 @@ pub(super) fn said(body: &[u8]) -> String {
     if short.is_empty() { "without a word".to_owned() } else { short.escape_debug().to_string() }
 }
 
+/// The beginning of a text that repeats a stranger's words among ours, without control characters.
+pub(super) fn printable(text: &str) -> String {
+    let mut short = String::new();
+    for one in text.chars().take(SHOWN) {
+        if one.is_control() { short.extend(one.escape_debug()) } else { short.push(one) }
+    }
+    short
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -142,5 +151,7 @@ mod tests {
             assert!(error.text.contains(words), "{error}");
         }
         assert!(said(&[b'x'; 10_000]).len() <= SHOWN);
+        assert!(printable(&"x".repeat(10_000)).len() <= SHOWN);
+        assert_eq!(printable("string \"a\u{7f}\nb\""), "string \"a\\u{7f}\\nb\"");
     }
 }

@@ -12,7 +12,7 @@ use std::{
 use serde::{Deserialize, de::DeserializeOwned};
 use weft_proto::{names, spiffe::SpiffeId};
 
-use super::error::{Error, Kind, said};
+use super::error::{Error, Kind, printable, said};
 use crate::{
     discovery::is_virtual,
     model::{Endpoint, Protocol, ServiceName},
@@ -142,11 +142,11 @@ pub(super) fn explain<T: DeserializeOwned>(of: &str, body: &[u8]) -> Error {
     let why = match serde_path_to_error::deserialize::<_, T>(&mut deserializer) {
         Ok(_) => "something follows the answer".to_owned(),
         Err(error) => {
-            let (path, inner) = (error.path().to_string(), error.inner());
+            let (path, inner) = (printable(&error.path().to_string()), error.inner());
             let place = if path == "." { String::new() } else { format!("`{path}`: ") };
             match inner.is_eof() {
                 true => format!("{place}the answer ends too early, after {} bytes", body.len()),
-                false => format!("{place}{inner}"),
+                false => format!("{place}{}", printable(&inner.to_string())),
             }
         }
     };
@@ -418,9 +418,15 @@ mod tests {
         wrong[1]["Service"]["Port"] = "80".into();
         let mut without = json!([entry("a", "10.1.0.2", 80)]);
         without[0]["Service"].as_object_mut().unwrap().remove("Port");
+        let (long, key) = ("x".repeat(1_000_000), format!("a\u{7f}{}", "x".repeat(1_000_000)));
+        let mut long_text = json!([entry("a", "10.1.0.2", 80)]);
+        long_text[0]["Service"]["Port"] = long.into();
+        let long_key = json!([{key: [1]}]).to_string();
         for (body, expected) in [
             (wrong.to_string(), "`[1].Service.Port`: invalid type: string \"80\""),
             (without.to_string(), "missing field `Port`"),
+            (long_text.to_string(), "`[0].Service.Port`: invalid type: string \"xxx"),
+            (long_key[..long_key.len() - 4].to_owned(), "`[0].a\\u{7f}xxx"),
             (good[..good.len() / 2].to_owned(), "the answer ends too early, after "),
             (String::new(), "ends too early, after 0 bytes"),
             ("<html><body>Welcome".to_owned(), "it begins <html><body>Welcome"),

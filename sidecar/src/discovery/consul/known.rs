@@ -95,7 +95,9 @@ impl Known {
                         format!(
                             "service `{}`, instance `{}` on node `{}`: it declares {other}, others {first}; \
                              the first counts",
-                            self.name, instance.key.1, instance.key.0
+                            self.name,
+                            instance.key.1.escape_debug(),
+                            instance.key.0.escape_debug()
                         )
                     });
                 }
