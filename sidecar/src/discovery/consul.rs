@@ -3,6 +3,7 @@
 //! a file counts before Consul. Registration and policies stand beside this, over the same client.
 
 mod agent;
+pub mod answers;
 mod backoff;
 mod client;
 mod error;

@@ -23,9 +23,9 @@ use weft_proto::{
 use weft_sidecar::{
     config::{Config, Written, document::Mistakes, policy_document},
     detect::{LOOK, Verdict, classify, client_hello},
-    discovery::{Directory, VirtualAddresses, dns, is_virtual, mistakes_in},
+    discovery::{Directory, VirtualAddresses, consul::answers, dns, is_virtual, mistakes_in},
     http::headers,
-    model::{HttpVersion, Policy, Protocol, ServiceName},
+    model::{HttpVersion, Policy, Protocol, Registered, ServiceName},
     policy::deadline::{Deadline, parse_grpc_timeout},
     redirect::is_message,
     telemetry::{Propagators, TraceContext},
@@ -44,6 +44,9 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("dns", dns_question),
     ("helper_message", helper_message),
     ("policy_document", policy),
+    ("registry_agent", registry_agent),
+    ("registry_health", registry_health),
+    ("registry_policies", registry_policies),
     ("request_head", request_head),
     ("service_document", service),
     ("settings_file", settings),
@@ -267,4 +270,68 @@ fn settings(bytes: &[u8]) {
 
 fn helper_message(bytes: &[u8]) {
     is_message(bytes);
+}
+
+/// Two answers of Consul, one per line: every endpoint can be dialled, and is there once; what is said of them can
+/// be printed; the same answer again changes nothing; one without anybody to call takes nothing away.
+fn registry_health(bytes: &[u8]) {
+    let (first, second) = two_lines(bytes);
+    let (name, now) = ("orders".parse().expect("a name"), Instant::now());
+    let (alone, mistakes) = answers::service_after(&name, &[first], now);
+    let (service, more) = answers::service_after(&name, &[first, second], now);
+    for endpoint in &service.endpoints {
+        let ip = endpoint.address.ip();
+        assert!(
+            endpoint.address.port() != 0 && !is_virtual(ip) && !ip.is_unspecified() && !ip.is_multicast()
+        );
+        assert!((1..=10_000).contains(&endpoint.weight), "{endpoint:?}");
+    }
+    assert!(service.endpoints.is_sorted_by(|one, next| one.address < next.address));
+    assert!(service.endpoints.is_empty() || service.registered == Registered::Yes);
+    assert_printable(mistakes.iter().chain(&more).map(String::as_str));
+    assert_eq!(answers::service_after(&name, &[first, first], now).0, alone);
+    let (other, refused) = answers::service_after(&name, &[second], now);
+    if refused.iter().any(|text| text.contains("the answer cannot be read")) {
+        assert_eq!(service, alone);
+    }
+    if other.endpoints.is_empty() {
+        assert_eq!(service.endpoints, alone.endpoints, "lost after an outage");
+    }
+}
+
+/// Two answers of Consul's key-value store, one per line: what is wrong is named; the same answer again changes
+/// nothing; one that cannot be read, and one with an index that went back, take nothing away.
+fn registry_policies(bytes: &[u8]) {
+    let (first, second) = two_lines(bytes);
+    let (alone, mistakes) = answers::policies_after(&[(7, first)]);
+    assert_eq!(answers::policies_after(&[(7, first), (7, first)]).0, alone);
+    let (_, more) = answers::policies_after(&[(7, first), (8, second)]);
+    let texts: Vec<String> = mistakes.iter().chain(&more).map(ToString::to_string).collect();
+    assert_printable(texts.iter().map(String::as_str));
+    let (lost_state, _) = answers::policies_after(&[(7, first), (1, second)]);
+    assert!(alone.keys().all(|name| lost_state.contains_key(name)), "lost with the state of Consul");
+}
+
+/// What an agent says beside: a status on the first line, then a body. Its words are repeated shortly, and printable.
+fn registry_agent(bytes: &[u8]) {
+    let (status, body) = two_lines(bytes);
+    let status = std::str::from_utf8(status).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(500);
+    let refusal = answers::refusal(status, body, "key:read");
+    assert_printable(refusal.as_deref().into_iter());
+    if let Some(permission) = answers::missing_permission(body) {
+        assert!(permission == "more" || permission.contains(':'));
+    }
+    answers::clock_ahead(&String::from_utf8_lossy(body));
+}
+
+fn two_lines(bytes: &[u8]) -> (&[u8], &[u8]) {
+    let mut lines = bytes.splitn(2, |byte| *byte == b'\n');
+    (lines.next().unwrap_or_default(), lines.next().unwrap_or_default())
+}
+
+/// What stands in the log after a stranger's words: short, and without control characters.
+fn assert_printable<'a>(texts: impl Iterator<Item = &'a str>) {
+    for text in texts {
+        assert!(!text.is_empty() && text.len() < 8 * 1024 && !text.chars().any(char::is_control), "{text:?}");
+    }
 }

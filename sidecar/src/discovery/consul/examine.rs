@@ -90,7 +90,7 @@ async fn own_instances(client: &Client, own: &ServiceName) -> Option<Vec<(String
 }
 
 /// How many seconds this HTTP date is ahead of our clock.
-fn ahead(date: &str) -> Option<i64> {
+pub(super) fn ahead(date: &str) -> Option<i64> {
     let theirs = OffsetDateTime::parse(date, &Rfc2822).ok()?;
     Some((theirs - OffsetDateTime::from(SystemTime::now())).whole_seconds())
 }

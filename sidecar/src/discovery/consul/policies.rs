@@ -43,7 +43,7 @@ const WITHOUT_INDEX: Duration = Duration::from_secs(10);
 /// What one entry of the store is.
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Entry {
+pub(super) struct Entry {
     key: String,
     /// In base64; none for an empty value.
     #[serde(default)]
@@ -72,7 +72,7 @@ pub async fn follow_policies(
     mut random: fastrand::Rng,
 ) {
     let PolicySettings { client, defaults } = settings;
-    let mut store = Store { defaults, documents: BTreeMap::new(), index: None };
+    let mut store = Store::new(defaults);
     let (mut looked, mut failures, mut last_error) = (Some(looked), 0_u32, None::<Mistake>);
     let mut has_files = true;
     // It outlives changes of files: a question that is dropped would go on in the agent.
@@ -153,7 +153,7 @@ async fn check_acl(client: &Client, answer: &Answer) -> Result<(), Error> {
 }
 
 /// What is known of the documents. Pure.
-struct Store {
+pub(super) struct Store {
     defaults: Policy,
     documents: BTreeMap<String, Document>,
     /// Of the last answer.
@@ -170,8 +170,12 @@ struct Document {
 }
 
 impl Store {
+    pub(super) fn new(defaults: Policy) -> Self {
+        Store { defaults, documents: BTreeMap::new(), index: None }
+    }
+
     /// Takes over what is there now; after an index that went back, what is missing stays. Says whether it did not.
-    fn take(&mut self, index: Option<u64>, entries: Vec<Entry>) -> bool {
+    pub(super) fn take(&mut self, index: Option<u64>, entries: Vec<Entry>) -> bool {
         let lost_state = matches!((index, self.index), (Some(new), Some(old)) if new < old);
         self.index = index;
         let mut older = std::mem::take(&mut self.documents);
@@ -181,7 +185,8 @@ impl Store {
             if name.is_empty() || name.ends_with('/') {
                 continue;
             }
-            let document = match older.remove(name) {
+            // Consul names each once; of a key that comes twice the last good one counts all the same.
+            let document = match older.remove(name).or_else(|| self.documents.remove(name)) {
                 Some(known) if known.modify_index == entry.modify_index && !lost_state => known,
                 known => {
                     let good = known.and_then(|known| known.good);
@@ -234,7 +239,7 @@ impl Store {
     }
 
     /// The policies now, files first; and all mistakes.
-    fn policies(&self, files: &Policies) -> (Policies, Vec<Mistake>) {
+    pub(super) fn policies(&self, files: &Policies) -> (Policies, Vec<Mistake>) {
         let good = self.documents.values().filter_map(|document| document.good.clone());
         let mut policies: Policies = good.collect();
         policies.extend(files.iter().map(|(name, policy)| (name.clone(), policy.clone())));
@@ -248,13 +253,15 @@ async fn entries(answer: &Answer) -> Result<Vec<Entry>, Error> {
         return Ok(Vec::new());
     }
     let body = answer.body.clone();
-    let read = move || match serde_json::from_slice::<Vec<Entry>>(&body) {
-        Ok(entries) => Ok(entries),
-        Err(_) => Err(explain::<Vec<Entry>>(&format!("policies in `{POLICIES_PREFIX}`"), &body)),
-    };
-    spawn_blocking(read)
+    spawn_blocking(move || read(&body))
         .await
         .unwrap_or_else(|_| Err(Error::new(Kind::BadAnswer, "reading the policies panicked")))
+}
+
+/// The entries of an answer.
+pub(super) fn read(body: &[u8]) -> Result<Vec<Entry>, Error> {
+    serde_json::from_slice(body)
+        .map_err(|_| explain::<Vec<Entry>>(&format!("policies in `{POLICIES_PREFIX}`"), body))
 }
 
 /// Where a document stands, for people.
@@ -272,7 +279,7 @@ mod tests {
     use super::*;
 
     fn store() -> Store {
-        Store { defaults: Policy::default(), documents: BTreeMap::new(), index: None }
+        Store::new(Policy::default())
     }
 
     fn entry(name: &str, modify_index: u64, text: &str) -> Entry {

@@ -296,7 +296,12 @@ pub(super) async fn denied(client: &Client, asked: &[Access<'_>]) -> Option<&'st
     let path = "/v1/internal/acl/authorize".to_owned();
     let question = Question { method: Method::POST, ..Question::put(path, body, "") };
     let answer = client.ask(&question).await.ok()?;
-    let allowed: Vec<Allowed> = serde_json::from_slice(&answer.body).ok()?;
+    first_denied(&answer.body)
+}
+
+/// The same, from the answer.
+pub(super) fn first_denied(answer: &[u8]) -> Option<&'static str> {
+    let allowed: Vec<Allowed> = serde_json::from_slice(answer).ok()?;
     let denied = allowed.into_iter().find(|one| !one.allow)?;
     const NAMED: [(&str, &str, &str); 4] = [
         ("service", "read", "service:read"),
