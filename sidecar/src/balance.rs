@@ -16,8 +16,8 @@ use std::{
 use tokio::time::Instant;
 
 pub use self::breaker::Condition;
-use self::endpoints::{Endpoints, Ticket};
-use crate::model::{Breaker, Endpoint};
+use self::endpoints::{Endpoints, Newer, Ticket};
+use crate::model::{Breaker, Endpoint, Service};
 
 /// The endpoints of one service. Shared by all workers.
 #[derive(Debug)]
@@ -66,9 +66,11 @@ impl Balancer {
         Balancer { endpoints: Arc::new(Mutex::new(Endpoints::new(policy, seed))) }
     }
 
-    /// Takes a newer set of endpoints; those known by their address keep load, breaker and attempts in flight.
-    pub fn update(&self, endpoints: &[Endpoint]) {
-        lock(&self.endpoints).update(endpoints);
+    /// Takes the endpoints that the service has now; those known by their address keep load, breaker and attempts
+    /// in flight. However many there are, the lock is held only while numbers are copied.
+    pub fn update(&self, service: Arc<Service>) {
+        let mut newer = Newer::new(service);
+        lock(&self.endpoints).update(&mut newer);
     }
 
     /// Takes a newer policy; who is out stays out for the time once set.
@@ -92,7 +94,13 @@ impl Balancer {
 
     /// What is known of every endpoint, sorted by address.
     pub fn states(&self, now: Instant) -> Vec<EndpointState> {
-        lock(&self.endpoints).states(now)
+        let look = lock(&self.endpoints).look();
+        look.states(now).collect()
+    }
+
+    /// What the breakers say, sorted by the addresses of their endpoints.
+    pub fn conditions(&self, now: Instant) -> Vec<Condition> {
+        lock(&self.endpoints).conditions(now)
     }
 }
 

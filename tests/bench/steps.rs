@@ -16,7 +16,7 @@ use http_body_util::Empty;
 use hyper::{Request, http::HeaderMap, http::uri::Authority};
 use tokio::time::Instant;
 use weft_sidecar::{
-    balance::Balancer,
+    balance::{Balancer, Condition},
     config::AccessLogMode,
     detect,
     discovery::{Directory, VirtualAddresses},
@@ -167,13 +167,58 @@ fn directory_lookup(bencher: Bencher, destination: &str) {
 #[divan::bench(args = [3, 100, 10_000])]
 fn balancer_attempt(bencher: Bencher, count: u32) {
     let balancer = Balancer::new(Breaker::default(), 1);
-    balancer.update(&endpoints(0, count));
+    balancer.update(service_of(endpoints(0, count)));
     let mut now = Instant::now();
     bencher.bench_local(|| {
         let mut picked = balancer.pick(&[], now).expect("an endpoint");
         now += Duration::from_micros(100);
         picked.succeeded(now);
     });
+}
+
+fn service_of(endpoints: Vec<Endpoint>) -> Arc<Service> {
+    Arc::new(Service { endpoints, ..Service::named("orders".parse().expect("a name")) })
+}
+
+/// What a worker does at the first call of a service.
+#[divan::bench(args = [100, 10_000], sample_size = 1)]
+fn balancer_begin(bencher: Bencher, count: u32) {
+    let service = service_of(endpoints(0, count));
+    bencher.bench_local(|| {
+        let balancer = Balancer::new(Breaker::default(), 1);
+        balancer.update(service.clone());
+        balancer
+    });
+}
+
+/// What the control thread does when one endpoint has changed; a worker that wants to choose waits for a part of it.
+#[divan::bench(args = [100, 10_000], sample_size = 1)]
+fn balancer_update(bencher: Bencher, count: u32) {
+    let before = service_of(endpoints(0, count));
+    let after = service_of(endpoints(1, count));
+    let balancer = Balancer::new(Breaker::default(), 1);
+    bencher.bench_local(|| {
+        balancer.update(before.clone());
+        balancer.update(after.clone());
+    });
+}
+
+/// An attempt that fails while nearly all endpoints are out.
+#[divan::bench(args = [100, 10_000], sample_size = 10)]
+fn balancer_outage(bencher: Bencher, count: u32) {
+    let policy = Breaker { max_ejected_percent: 100, ..Breaker::default() };
+    let balancer = Balancer::new(policy, 1);
+    let endpoints = endpoints(0, count);
+    let now = Instant::now();
+    balancer.update(service_of(endpoints.clone()));
+    for endpoint in &endpoints {
+        while balancer.pick_only(endpoint.address, now).expect("an endpoint").failed(now).is_none() {
+            if balancer.conditions(now).iter().filter(|one| **one != Condition::Ejected).count() < 2 {
+                break;
+            }
+        }
+    }
+    bencher.bench_local(|| balancer.pick(&[], now).expect("an endpoint").failed(now));
 }
 
 // --- decisions --------------------------------------------------------------------------------------------------

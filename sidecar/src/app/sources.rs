@@ -118,9 +118,9 @@ async fn follow_first_look(shared: Arc<Shared>, first_look: oneshot::Receiver<()
 async fn count_endpoints(shared: Arc<Shared>) {
     loop {
         for upstream in shared.upstreams.all() {
-            let states = upstream.balancer.states(Instant::now());
+            let conditions = upstream.balancer.conditions(Instant::now());
             for (condition, label) in CONDITIONS {
-                let count = states.iter().filter(|state| state.condition == condition).count();
+                let count = conditions.iter().filter(|one| **one == condition).count();
                 shared.telemetry.metrics().endpoints(upstream.name().as_str(), label, count);
             }
         }

@@ -1,12 +1,13 @@
 //! The set of endpoints behind the lock of a balancer: who is there, what is known of each, and the choice. All
-//! of it is plain computation with time as an argument and a seeded source of randomness.
+//! of it is plain computation with time as an argument and a seeded source of randomness. Words about an endpoint
+//! stay in the service that discovery published, so that an update moves numbers and copies nothing else.
 
-use std::{cmp::Ordering, collections::HashMap, net::SocketAddr, time::Duration};
+use std::{cmp::Ordering, mem, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
 use super::{Condition, Ejection, EndpointState, breaker::State, load::Load};
-use crate::model::{Breaker, Endpoint};
+use crate::model::{Breaker, Endpoint, Service};
 
 /// How often a candidate is drawn blindly before the suitable ones are counted.
 const DRAWS: usize = 8;
@@ -20,20 +21,50 @@ const WEIGHTED_TOLERANCE: f64 = 2.0;
 pub(super) struct Endpoints {
     policy: Breaker,
     random: fastrand::Rng,
-    /// Sorted by address.
+    /// Whose endpoints they are; none before the first update.
+    service: Option<Arc<Service>>,
+    /// One for each endpoint of the service, sorted by address.
     entries: Vec<Entry>,
     /// Sums of the weights up to and with each entry: for drawing by weight.
     sums: Vec<u64>,
     next_serial: u64,
 }
 
-#[derive(Debug)]
+/// What is known of an endpoint beside its words: plain numbers.
+#[derive(Debug, Clone, Copy)]
 struct Entry {
-    endpoint: Endpoint,
+    address: SocketAddr,
+    weight: u16,
     serial: u64,
     load: Load,
     breaker: State,
     in_flight: u32,
+}
+
+/// A newer set, made ready before the lock is taken. With what it replaced, it is dropped after the lock.
+pub(super) struct Newer {
+    service: Option<Arc<Service>>,
+    entries: Vec<Entry>,
+    sums: Vec<u64>,
+}
+
+impl Newer {
+    /// Discovery gives endpoints sorted by address and each once; others are made so here.
+    pub(super) fn new(mut service: Arc<Service>) -> Self {
+        if !service.endpoints.is_sorted_by(|one, next| one.address < next.address) {
+            let mut sorted = (*service).clone();
+            sorted.endpoints.sort_by_key(|endpoint| endpoint.address);
+            sorted.endpoints.dedup_by_key(|endpoint| endpoint.address);
+            service = Arc::new(sorted);
+        }
+        let mut sum = 0;
+        let sums = service.endpoints.iter().map(|endpoint| {
+            sum += u64::from(endpoint.weight);
+            sum
+        });
+        let (sums, entries) = (sums.collect(), service.endpoints.iter().map(Entry::new).collect());
+        Newer { service: Some(service), entries, sums }
+    }
 }
 
 /// One attempt at one endpoint.
@@ -71,9 +102,10 @@ impl Endpoints {
         Endpoints {
             policy,
             random: fastrand::Rng::with_seed(seed),
+            service: None,
             entries: Vec::new(),
             sums: Vec::new(),
-            next_serial: 0,
+            next_serial: 1,
         }
     }
 
@@ -81,34 +113,22 @@ impl Endpoints {
         self.policy = policy;
     }
 
-    pub(super) fn update(&mut self, endpoints: &[Endpoint]) {
-        let mut known: HashMap<SocketAddr, Entry> =
-            self.entries.drain(..).map(|entry| (entry.endpoint.address, entry)).collect();
-        let mut wanted: Vec<&Endpoint> = endpoints.iter().collect();
-        wanted.sort_by_key(|endpoint| endpoint.address);
-        wanted.dedup_by_key(|endpoint| endpoint.address);
-        for endpoint in wanted {
-            let entry = match known.remove(&endpoint.address) {
-                Some(entry) => Entry { endpoint: endpoint.clone(), ..entry },
+    /// Takes the newer set, and leaves the older one in its place.
+    pub(super) fn update(&mut self, newer: &mut Newer) {
+        let mut known = self.entries.iter().peekable();
+        for entry in &mut newer.entries {
+            while known.next_if(|known| known.address < entry.address).is_some() {}
+            match known.next_if(|known| known.address == entry.address) {
+                Some(known) => *entry = Entry { weight: entry.weight, ..*known },
                 None => {
+                    entry.serial = self.next_serial;
                     self.next_serial += 1;
-                    Entry {
-                        endpoint: endpoint.clone(),
-                        serial: self.next_serial,
-                        load: Load::default(),
-                        breaker: State::default(),
-                        in_flight: 0,
-                    }
                 }
-            };
-            self.entries.push(entry);
+            }
         }
-        let mut sum = 0;
-        self.sums.clear();
-        self.sums.extend(self.entries.iter().map(|entry| {
-            sum += u64::from(entry.endpoint.weight);
-            sum
-        }));
+        mem::swap(&mut self.service, &mut newer.service);
+        mem::swap(&mut self.entries, &mut newer.entries);
+        mem::swap(&mut self.sums, &mut newer.sums);
     }
 
     pub(super) fn pick(&mut self, avoid: &[SocketAddr], now: Instant) -> Option<Ticket> {
@@ -120,7 +140,7 @@ impl Endpoints {
     }
 
     pub(super) fn pick_only(&mut self, address: SocketAddr, now: Instant) -> Option<Ticket> {
-        let at = self.entries.binary_search_by_key(&address, |entry| entry.endpoint.address).ok()?;
+        let at = self.entries.binary_search_by_key(&address, |entry| entry.address).ok()?;
         Some(self.entries[at].send(now))
     }
 
@@ -150,19 +170,17 @@ impl Endpoints {
         }
     }
 
-    pub(super) fn states(&self, now: Instant) -> Vec<EndpointState> {
-        let state = |entry: &Entry| EndpointState {
-            endpoint: entry.endpoint.clone(),
-            condition: entry.breaker.condition(now),
-            failures: entry.breaker.failures(),
-            load: entry.load.seconds(now).unwrap_or(0.0) * f64::from(entry.in_flight + 1),
-            in_flight: entry.in_flight,
-        };
-        self.entries.iter().map(state).collect()
+    pub(super) fn conditions(&self, now: Instant) -> Vec<Condition> {
+        self.entries.iter().map(|entry| entry.breaker.condition(now)).collect()
+    }
+
+    /// A copy to look at without the lock.
+    pub(super) fn look(&self) -> Look {
+        Look { service: self.service.clone(), entries: self.entries.clone() }
     }
 
     fn entry(&mut self, ticket: Ticket) -> Option<&mut Entry> {
-        let at = self.entries.binary_search_by_key(&ticket.address, |entry| entry.endpoint.address).ok()?;
+        let at = self.entries.binary_search_by_key(&ticket.address, |entry| entry.address).ok()?;
         Some(&mut self.entries[at]).filter(|entry| entry.serial == ticket.serial)
     }
 
@@ -185,7 +203,7 @@ impl Endpoints {
         }
         let half_open = one.breaker.condition(now) == Condition::HalfOpen;
         let average = self.sums.last().copied().unwrap_or(1) as f64 / self.entries.len() as f64;
-        let tolerance = match one.endpoint.weight.cmp(&other.endpoint.weight) {
+        let tolerance = match one.weight.cmp(&other.weight) {
             Ordering::Equal => 1.0,
             _ => WEIGHTED_TOLERANCE,
         };
@@ -212,7 +230,7 @@ impl Endpoints {
             }
         }
         let suits = |at: &usize| Some(*at) != except && self.entries[*at].suits(suitable, avoid, now);
-        let weight = |at: &usize| u64::from(self.entries[*at].endpoint.weight.max(1));
+        let weight = |at: &usize| u64::from(self.entries[*at].weight.max(1));
         let total: u64 = (0..self.entries.len()).filter(suits).map(|at| weight(&at)).sum();
         if total == 0 {
             return None;
@@ -226,15 +244,45 @@ impl Endpoints {
     }
 }
 
+/// The endpoints at a moment.
+pub(super) struct Look {
+    service: Option<Arc<Service>>,
+    entries: Vec<Entry>,
+}
+
+impl Look {
+    pub(super) fn states(&self, now: Instant) -> impl Iterator<Item = EndpointState> {
+        let endpoints = self.service.iter().flat_map(|service| &service.endpoints);
+        endpoints.zip(&self.entries).map(move |(endpoint, entry)| EndpointState {
+            endpoint: endpoint.clone(),
+            condition: entry.breaker.condition(now),
+            failures: entry.breaker.failures(),
+            load: entry.load.seconds(now).unwrap_or(0.0) * f64::from(entry.in_flight + 1),
+            in_flight: entry.in_flight,
+        })
+    }
+}
+
 impl Entry {
+    fn new(endpoint: &Endpoint) -> Self {
+        Entry {
+            address: endpoint.address,
+            weight: endpoint.weight,
+            serial: 0,
+            load: Load::default(),
+            breaker: State::default(),
+            in_flight: 0,
+        }
+    }
+
     fn send(&mut self, now: Instant) -> Ticket {
         self.in_flight += 1;
         let is_probe = self.breaker.chosen(now);
-        Ticket { address: self.endpoint.address, serial: self.serial, started: now, is_probe }
+        Ticket { address: self.address, serial: self.serial, started: now, is_probe }
     }
 
     fn suits(&self, suitable: Suitable, avoid: &[SocketAddr], now: Instant) -> bool {
-        let untried = !avoid.contains(&self.endpoint.address);
+        let untried = !avoid.contains(&self.address);
         match suitable {
             Suitable::Closed => untried && self.breaker.condition(now) == Condition::Closed,
             Suitable::Usable => untried && self.breaker.is_usable(now),
@@ -246,7 +294,7 @@ impl Entry {
 
     /// What one more request would meet: latency times the queue, the queue measured by what is its share.
     fn score(&self, average_weight: f64, now: Instant) -> f64 {
-        let queue = f64::from(self.in_flight) * average_weight / f64::from(self.endpoint.weight.max(1));
+        let queue = f64::from(self.in_flight) * average_weight / f64::from(self.weight.max(1));
         match self.load.seconds(now) {
             Some(seconds) => seconds * (1.0 + queue),
             None => UNKNOWN_LATENCY * queue,

@@ -21,9 +21,13 @@ fn weighted(weights: &[u16]) -> Vec<Endpoint> {
     weights.iter().enumerate().map(endpoint).collect()
 }
 
+fn service(endpoints: Vec<Endpoint>) -> Arc<Service> {
+    Arc::new(Service { endpoints, ..Service::named("orders".parse().unwrap()) })
+}
+
 fn balancer(weights: &[u16]) -> Balancer {
     let balancer = Balancer::new(POLICY, 42);
-    balancer.update(&weighted(weights));
+    balancer.update(service(weighted(weights)));
     balancer
 }
 
@@ -135,6 +139,22 @@ fn a_new_endpoint_gets_one_request_until_it_has_answered() {
 }
 
 #[test]
+fn the_order_of_endpoints_makes_no_difference() {
+    let now = Instant::now();
+    let mut endpoints = weighted(&[1, 2, 3]);
+    let balancer = Balancer::new(POLICY, 42);
+    balancer.update(service(endpoints.clone()));
+    eject(&balancer, address(2), now).unwrap();
+    endpoints.reverse();
+    endpoints.push(Endpoint::at(address(1)));
+    balancer.update(service(endpoints));
+    let weights: Vec<u16> = balancer.states(now).iter().map(|state| state.endpoint.weight).collect();
+    assert_eq!(weights, [1, 2, 3]);
+    assert_eq!(conditions(&balancer, now), [Condition::Closed, Condition::Ejected, Condition::Closed]);
+    assert_eq!(balancer.conditions(now), conditions(&balancer, now));
+}
+
+#[test]
 fn an_update_keeps_what_is_known_of_those_that_stay() {
     let now = Instant::now();
     let balancer = balancer(&[100; 3]);
@@ -144,16 +164,16 @@ fn an_update_keeps_what_is_known_of_those_that_stay() {
     let mut changed = weighted(&[7, 100, 100, 100]);
     changed.remove(2);
     changed[0].zone = Some("b".into());
-    balancer.update(&changed);
+    balancer.update(service(changed.clone()));
     let states = balancer.states(now + Duration::from_millis(80));
     assert_eq!(states.iter().map(|state| state.endpoint.clone()).collect::<Vec<_>>(), changed);
     assert_eq!((states[0].condition, states[0].in_flight), (Condition::Ejected, 1));
     assert!((states[1].load - 0.08).abs() < 1e-9, "{states:?}");
     assert_eq!(states[2].load, 0.0);
     // Gone and back again is a new endpoint: the old attempt has no part in it.
-    balancer.update(&[]);
+    balancer.update(service(Vec::new()));
     assert!(balancer.pick(&[], now).is_none());
-    balancer.update(&changed);
+    balancer.update(service(changed.clone()));
     drop(held);
     assert!(balancer.states(now).iter().all(|state| state.in_flight == 0));
     assert!(conditions(&balancer, now).iter().all(|condition| *condition == Condition::Closed));
@@ -225,7 +245,7 @@ fn the_last_endpoint_is_never_put_out() {
     }
     let all = Breaker { max_ejected_percent: 100, ..POLICY };
     let two = Balancer::new(all, 1);
-    two.update(&weighted(&[100; 2]));
+    two.update(service(weighted(&[100; 2])));
     assert!(eject(&two, address(1), now).is_some());
     assert_eq!(eject(&two, address(2), now), None);
     assert_eq!(two.pick(&[], now).unwrap().address(), address(2));
@@ -238,7 +258,7 @@ fn no_more_than_the_share_is_out() {
         [(10, 50, 5), (10, 30, 3), (3, 50, 1), (3, 10, 1), (2, 0, 1), (4, 100, 3)]
     {
         let balancer = Balancer::new(Breaker { max_ejected_percent: percent, ..POLICY }, 1);
-        balancer.update(&weighted(&vec![100; endpoints]));
+        balancer.update(service(weighted(&vec![100; endpoints])));
         for port in 1..=u16::try_from(endpoints).unwrap() {
             eject(&balancer, address(port), now);
         }
@@ -252,7 +272,7 @@ fn when_all_are_out_all_are_tried_and_a_success_counts() {
     let now = Instant::now();
     let balancer = balancer(&[100; 2]);
     eject(&balancer, address(1), now).unwrap();
-    balancer.update(&weighted(&[100]));
+    balancer.update(service(weighted(&[100])));
     let mut picked = balancer.pick(&[], now).unwrap();
     assert_eq!(picked.address(), address(1));
     assert_eq!(picked.failed(now), None);
@@ -265,7 +285,7 @@ fn the_same_seed_gives_the_same_choices() {
     let now = Instant::now();
     let run = |seed| {
         let balancer = Balancer::new(POLICY, seed);
-        balancer.update(&weighted(&[100; 5]));
+        balancer.update(service(weighted(&[100; 5])));
         (0..50).map(|_| balancer.pick(&[], now).unwrap().address().port()).collect::<Vec<_>>()
     };
     assert_eq!(run(1), run(1));

@@ -16,7 +16,8 @@ use crate::model::{Endpoint, Service, ServiceName};
 pub struct Directory {
     by_name: BTreeMap<ServiceName, Arc<Service>>,
     by_address: HashMap<SocketAddr, Arc<Service>>,
-    by_endpoint: HashMap<SocketAddr, (Arc<Service>, Endpoint)>,
+    /// The service, and which of its endpoints.
+    by_endpoint: HashMap<SocketAddr, (Arc<Service>, usize)>,
 }
 
 /// What an app meant by the address it dialled.
@@ -64,10 +65,8 @@ impl Directory {
             for address in &service.addresses {
                 by_address.entry(canonical(*address)).or_insert_with(|| Arc::clone(service));
             }
-            for endpoint in &service.endpoints {
-                by_endpoint
-                    .entry(canonical(endpoint.address))
-                    .or_insert_with(|| (Arc::clone(service), endpoint.clone()));
+            for (at, endpoint) in service.endpoints.iter().enumerate() {
+                by_endpoint.entry(canonical(endpoint.address)).or_insert_with(|| (Arc::clone(service), at));
             }
         }
         Directory { by_name, by_address, by_endpoint }
@@ -99,7 +98,7 @@ impl Directory {
             return Destination::Service(Arc::clone(service));
         }
         match self.by_endpoint.get(&destination) {
-            Some((service, endpoint)) => Destination::Endpoint(Arc::clone(service), endpoint.clone()),
+            Some((service, at)) => Destination::Endpoint(Arc::clone(service), service.endpoints[*at].clone()),
             None => Destination::Unknown,
         }
     }

@@ -24,7 +24,7 @@ pub struct Service {
     pub identities: Vec<SpiffeId>,
     /// Addresses that mean the service as a whole (a ClusterIP).
     pub addresses: Vec<SocketAddr>,
-    /// Where it runs.
+    /// Where it runs: sorted by address, each once.
     pub endpoints: Vec<Endpoint>,
     /// Does anybody say that it exists?
     pub registered: Registered,

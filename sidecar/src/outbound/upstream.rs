@@ -126,7 +126,7 @@ impl Upstream {
             return;
         }
         self.balancer.set_policy(policy.breaker.clone());
-        self.balancer.update(&service.endpoints);
+        self.balancer.update(service.clone());
         self.known.store(Arc::new(Known::new(service, policy)));
     }
 }
@@ -170,7 +170,7 @@ impl Upstreams {
         }
         let policy = self.policy(&service.name);
         let balancer = Balancer::new(policy.breaker.clone(), fastrand::u64(..));
-        balancer.update(&service.endpoints);
+        balancer.update(service.clone());
         let upstream = Arc::new(Upstream {
             name: service.name.clone(),
             balancer,
