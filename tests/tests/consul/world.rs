@@ -14,6 +14,8 @@ import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
+    # head and body are two writes: the second must not wait for an acknowledgement
+    disable_nagle_algorithm = True
     def do_GET(self):
         self.send_response(200)
         self.send_header('Content-Length', str(len(sys.argv[1])))
