@@ -8,6 +8,7 @@ mod authority;
 mod bundle;
 mod credentials;
 mod handshake;
+mod issuer;
 mod judge;
 mod registry;
 mod verify;

@@ -8,12 +8,12 @@ use std::{io, sync::Arc};
 use aws_lc_rs::digest::{SHA256, digest};
 use rustls_pki_types::CertificateDer;
 use tokio_rustls::{TlsConnector, TlsStream};
-use weft_proto::spiffe::TrustDomain;
+use weft_proto::{certificate::Leaf, spiffe::TrustDomain};
 
 use super::{
     bundle::Bundle,
     credentials::{Credentials, client_config, provider},
-    handshake::{failed, peer_address, proven, server_name},
+    handshake::{failed, peer_address, proven_leaf, server_name},
     judge::{ExpectServer, Expected},
     verify::Role,
 };
@@ -35,11 +35,7 @@ pub enum Anchor {
 
 impl Anchor {
     /// The roots to check this chain against; the error is a reason to log.
-    pub(super) fn bundle(
-        &self,
-        chain: &[CertificateDer<'_>],
-        trust_domain: &str,
-    ) -> std::result::Result<Bundle, String> {
+    pub(super) fn bundle(&self, chain: &[CertificateDer<'_>]) -> std::result::Result<Bundle, String> {
         let roots = match self {
             Anchor::Bundle(bundle) => return Ok(bundle.clone()),
             Anchor::Roots(roots) => roots.clone(),
@@ -51,7 +47,10 @@ impl Anchor {
                 vec![root.clone().into_owned()]
             }
         };
-        let trust_domain: TrustDomain = trust_domain.parse().map_err(|error| format!("{error}"))?;
+        let leaf = chain.first().ok_or("it showed no certificate")?;
+        let claim = Leaf::parse(leaf).map_err(|error| error.to_string())?;
+        let trust_domain: TrustDomain =
+            claim.id.trust_domain().parse().map_err(|error| format!("{error}"))?;
         Bundle::new(trust_domain, roots).map_err(|failed| failed.detail)
     }
 }
@@ -84,9 +83,9 @@ pub async fn connect_authority(
         let detail = format!("server {address} did not agree to HTTP/2 (ALPN); is it weft-ca?");
         return Err(Failed::new(Failure::Handshake, detail));
     }
-    let peer = proven(tls.get_ref().1.peer_certificates(), Role::Server, &address)?;
-    let trust_domain = peer
-        .id()
+    let leaf = proven_leaf(tls.get_ref().1.peer_certificates().unwrap_or_default(), &address)?;
+    let trust_domain = leaf
+        .id
         .trust_domain()
         .parse()
         .map_err(|error| Failed::new(Failure::UntrustedPeer, format!("server {address}: {error}")))?;

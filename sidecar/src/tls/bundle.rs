@@ -8,6 +8,7 @@ use std::{fmt, sync::Arc};
 use rustls_pki_types::{CertificateDer, TrustAnchor};
 use weft_proto::spiffe::TrustDomain;
 
+use super::issuer::Issuer;
 use crate::model::{Failed, Failure, Result};
 
 /// Whom to believe: the self-signed roots of one trust domain. Cheap to clone.
@@ -16,6 +17,7 @@ pub struct Bundle {
     trust_domain: TrustDomain,
     roots: Arc<[CertificateDer<'static>]>,
     anchors: Arc<[TrustAnchor<'static>]>,
+    issuer: Option<Arc<Issuer>>,
 }
 
 /// More roots than a rotation ever needs at a time are a mistake or an attack.
@@ -39,7 +41,7 @@ impl Bundle {
                 .map_err(|error| refuse(format!("has an unusable root, number {}: {error}", at + 1)))?;
             anchors.push(anchor.to_owned());
         }
-        Ok(Bundle { trust_domain, roots: roots.into(), anchors: anchors.into() })
+        Ok(Bundle { trust_domain, roots: roots.into(), anchors: anchors.into(), issuer: None })
     }
 
     /// The trust domain whose roots these are.
@@ -50,6 +52,17 @@ impl Bundle {
     /// The roots in DER.
     pub fn roots(&self) -> &[CertificateDer<'static>] {
         &self.roots
+    }
+
+    /// The same, with the issuing certificate of our own chain, if the chain leads to one of the roots.
+    pub(super) fn with_issuer_of(self, chain: &[CertificateDer<'static>]) -> Self {
+        let issuer = Issuer::of(chain, &self.anchors).map(Arc::new);
+        Bundle { issuer, ..self }
+    }
+
+    /// The issuing certificate that was found to lead to one of the roots.
+    pub(super) fn issuer(&self) -> Option<&Issuer> {
+        self.issuer.as_deref()
     }
 
     pub(super) fn anchors(&self) -> &[TrustAnchor<'static>] {

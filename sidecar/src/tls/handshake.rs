@@ -16,6 +16,7 @@ use weft_proto::{certificate::Leaf, names, spiffe::SpiffeId};
 
 use super::{
     authority::Anchor,
+    bundle::Bundle,
     credentials::Credentials,
     judge::{ExpectServer, Expected},
     verify::{Role, VerifiedPeer},
@@ -78,7 +79,7 @@ pub async fn accept(stream: Stream, credentials: &Credentials) -> Result<(Stream
             format!("client {address} of {} named no mesh protocol (ALPN) in its TLS", credentials.id()),
         ));
     };
-    let peer = proven(session.peer_certificates(), Role::Client, &address)?;
+    let peer = proven(session.peer_certificates(), Role::Client, &address, credentials.bundle())?;
     Ok((TlsStream::from(tls).into(), peer, alpn))
 }
 
@@ -120,7 +121,7 @@ pub async fn connect(
             format!("server {address} did not agree to the protocol {} (ALPN)", alpn.label()),
         ));
     }
-    let peer = proven(session.peer_certificates(), Role::Server, &address)?;
+    let peer = proven(session.peer_certificates(), Role::Server, &address, credentials.bundle())?;
     Ok((TlsStream::from(tls).into(), peer))
 }
 
@@ -166,19 +167,22 @@ pub fn refused_by_peer(error: &io::Error) -> bool {
     )
 }
 
-/// The proof, after a handshake whose verifier accepted this chain.
-pub(super) fn proven(
+/// The proof, after a handshake whose verifier accepted this chain with this bundle.
+fn proven(
     chain: Option<&[CertificateDer<'static>]>,
     role: Role,
     address: &str,
+    bundle: &Bundle,
 ) -> Result<VerifiedPeer> {
     let chain = chain.unwrap_or_default();
-    match chain.first().map(|leaf| Leaf::parse(leaf)) {
-        Some(Ok(leaf)) => Ok(VerifiedPeer::proven(leaf, chain, role)),
-        _ => {
-            Err(Failed::new(Failure::UntrustedPeer, format!("peer {address} showed no readable certificate")))
-        }
-    }
+    Ok(VerifiedPeer::proven(proven_leaf(chain, address)?, chain, role, bundle.clone()))
+}
+
+/// The leaf of a chain that a verifier has accepted.
+pub(super) fn proven_leaf(chain: &[CertificateDer<'_>], address: &str) -> Result<Leaf> {
+    chain.first().and_then(|leaf| Leaf::parse(leaf).ok()).ok_or_else(|| {
+        Failed::new(Failure::UntrustedPeer, format!("peer {address} showed no readable certificate"))
+    })
 }
 
 pub(super) fn peer_address(stream: &Stream) -> String {

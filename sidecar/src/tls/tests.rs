@@ -148,6 +148,16 @@ async fn both_sides_learn_who_the_other_is_and_bytes_flow() {
     }
 }
 
+#[test]
+fn the_cheapest_suite_and_key_exchange_come_first_and_the_others_stay() {
+    use rustls::{CipherSuite::TLS13_AES_128_GCM_SHA256, NamedGroup, crypto::aws_lc_rs::default_provider};
+    let (ours, default) = (credentials::provider(), default_provider());
+    assert_eq!(ours.cipher_suites[0].suite(), TLS13_AES_128_GCM_SHA256);
+    assert_eq!(ours.cipher_suites.len(), default.cipher_suites.len());
+    assert_eq!(ours.kx_groups[0].name(), NamedGroup::X25519);
+    assert!(ours.kx_groups.iter().any(|group| group.name() == NamedGroup::X25519MLKEM768));
+}
+
 #[tokio::test]
 async fn a_client_sends_nothing_to_an_unexpected_identity() {
     let authority = TestAuthority::new("weft.local");

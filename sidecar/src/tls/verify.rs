@@ -8,11 +8,11 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use rustls_pki_types::{CertificateDer, UnixTime};
-use webpki::{EndEntityCert, KeyUsage};
+use rustls_pki_types::{CertificateDer, TrustAnchor, UnixTime};
+use webpki::{EndEntityCert, KeyUsage, VerifiedPath};
 use weft_proto::{certificate::Leaf, spiffe::SpiffeId};
 
-use super::bundle::Bundle;
+use super::{bundle::Bundle, issuer::validity};
 
 /// A peer whose certificate chain led to a root of ours, during the handshake of one connection. Only this
 /// room makes one. Cheap to clone.
@@ -24,6 +24,10 @@ struct Proof {
     leaf: Leaf,
     chain: Vec<CertificateDer<'static>>,
     role: Role,
+    /// The roots that it was checked against.
+    bundle: Bundle,
+    /// The last second in which all of the chain is valid, since 1970; none where that cannot be read.
+    valid_until: Option<u64>,
 }
 
 /// The peer's part in the handshake, which its certificate must allow.
@@ -37,10 +41,16 @@ pub(super) enum Role {
 const MAX_CHAIN: usize = 5;
 
 impl VerifiedPeer {
-    /// For a chain that [`verify_chain`] has accepted in this very handshake.
-    pub(super) fn proven(leaf: Leaf, chain: &[CertificateDer<'_>], role: Role) -> Self {
-        let chain = chain.iter().map(|certificate| certificate.clone().into_owned()).collect();
-        VerifiedPeer(Arc::new(Proof { leaf, chain, role }))
+    /// For a chain that [`verify_chain`] has accepted with this bundle in this very handshake.
+    pub(super) fn proven(leaf: Leaf, chain: &[CertificateDer<'_>], role: Role, bundle: Bundle) -> Self {
+        let chain: Vec<_> = chain.iter().map(|certificate| certificate.clone().into_owned()).collect();
+        let end_of_other = |certificate: &CertificateDer<'_>| match bundle.issuer() {
+            Some(issuer) if issuer.is(certificate) => Some(issuer.not_after()),
+            _ => validity(certificate).map(|(_, end)| end),
+        };
+        let leaf_ends = Some(unix_time(leaf.not_after).as_secs());
+        let valid_until = chain.iter().skip(1).map(end_of_other).chain([leaf_ends]).min().flatten();
+        VerifiedPeer(Arc::new(Proof { leaf, chain, role, bundle, valid_until }))
     }
 
     /// Who it is.
@@ -59,9 +69,11 @@ impl VerifiedPeer {
     }
 
     /// Would its certificate be accepted now, by this bundle? A connection for which this turns false is
-    /// drained and closed.
+    /// drained and closed. With the roots of the handshake nothing can have changed but the time.
     pub fn still_trusted(&self, bundle: &Bundle, now: SystemTime) -> bool {
-        verify_chain(&self.0.chain, bundle, self.0.role, unix_time(now)).is_ok()
+        let in_time = self.0.valid_until.is_some_and(|end| unix_time(now).as_secs() <= end);
+        (in_time && self.0.bundle == *bundle)
+            || verify_chain(&self.0.chain, bundle, self.0.role, unix_time(now)).is_ok()
     }
 }
 
@@ -87,26 +99,26 @@ pub(super) fn verify_chain(
             bundle.trust_domain()
         ));
     }
+    let end_entity = EndEntityCert::try_from(end_entity).map_err(|error| reason(&error))?;
+    if !bundle.issuer().is_some_and(|issuer| issuer.signed(&end_entity, intermediates, role, now)) {
+        find_path(&end_entity, bundle.anchors(), intermediates, role, now).map_err(|error| reason(&error))?;
+    }
+    Ok(leaf)
+}
+
+/// A path from a leaf over these other certificates to one of the anchors, for this role at this time.
+pub(super) fn find_path<'a>(
+    leaf: &'a EndEntityCert<'a>,
+    anchors: &'a [TrustAnchor<'_>],
+    others: &'a [CertificateDer<'a>],
+    role: Role,
+    now: UnixTime,
+) -> Result<VerifiedPath<'a>, webpki::Error> {
     let usage = match role {
         Role::Client => KeyUsage::client_auth(),
         Role::Server => KeyUsage::server_auth(),
     };
-    EndEntityCert::try_from(end_entity)
-        .and_then(|certificate| {
-            certificate
-                .verify_for_usage(
-                    webpki::ALL_VERIFICATION_ALGS,
-                    bundle.anchors(),
-                    intermediates,
-                    now,
-                    usage,
-                    None,
-                    None,
-                )
-                .map(drop)
-        })
-        .map_err(|error| reason(&error))?;
-    Ok(leaf)
+    leaf.verify_for_usage(webpki::ALL_VERIFICATION_ALGS, anchors, others, now, usage, None, None)
 }
 
 fn reason(error: &webpki::Error) -> String {
