@@ -4,6 +4,7 @@
 
 mod connector;
 mod failure;
+mod idle;
 mod pool;
 mod standing;
 mod trust;

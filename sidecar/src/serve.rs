@@ -4,6 +4,7 @@
 use std::{future::Future, net::SocketAddr, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use futures_util::FutureExt;
+use nix::errno::Errno;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
@@ -17,10 +18,12 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// What an accept loop tells of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Incident {
-    /// The cap of connections is reached; the connection was closed.
-    Full,
-    /// The task of a connection ended with a panic: a bug of ours.
-    Panicked,
+    /// The cap of connections is reached; this client's connection was closed.
+    Full(SocketAddr),
+    /// This process may have no more descriptors (`RLIMIT_NOFILE`), or the system has none: the connection waits.
+    NoDescriptor,
+    /// The task of this client's connection ended with a panic: a bug of ours.
+    Panicked(SocketAddr),
 }
 
 /// Accepts connections and runs `handle` for each in a task of its own, until `stop` begins. A connection over
@@ -29,7 +32,7 @@ pub async fn accept<Handle, Handling>(
     listener: TcpListener,
     places: Arc<Semaphore>,
     mut stop: Draining,
-    tell: impl Fn(Incident, SocketAddr) + Clone + Send + 'static,
+    tell: impl Fn(Incident) + Clone + Send + 'static,
     handle: Handle,
 ) where
     Handle: Fn(TcpStream, SocketAddr) -> Handling,
@@ -47,19 +50,22 @@ pub async fn accept<Handle, Handling>(
             Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection");
+                if matches!(Errno::try_from(error), Ok(Errno::EMFILE | Errno::ENFILE)) {
+                    tell(Incident::NoDescriptor);
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
         let Ok(place) = places.clone().try_acquire_owned() else {
-            tell(Incident::Full, client);
+            tell(Incident::Full(client));
             continue;
         };
         let tell = tell.clone();
         // Not an async block around it: that would keep room for the connection's future twice.
         tokio::spawn(AssertUnwindSafe(handle(stream, client)).catch_unwind().map(move |ended| {
             if ended.is_err() {
-                tell(Incident::Panicked, client);
+                tell(Incident::Panicked(client));
             }
             drop(place);
         }));

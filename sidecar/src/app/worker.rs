@@ -3,7 +3,7 @@
 
 use std::{net::TcpListener as StdListener, sync::Arc, time::Duration};
 
-use tokio::{net::TcpListener, runtime, task::JoinSet};
+use tokio::{net::TcpListener, runtime, task::JoinSet, time::Instant};
 
 use super::{Drainings, Shared};
 use crate::{
@@ -39,11 +39,12 @@ async fn carry(shared: &Arc<Shared>, listeners: Listeners, delivery: Delivery, d
     let Drainings { inbound: inbound_draining, outbound: outbound_draining, workers: mut end } = drainings;
     let inbound = inbound(shared, delivery);
     let outbound = outbound(shared, inbound.clone());
-    for pool in [inbound.pool.clone(), outbound.pool.clone()] {
+    let pools = [inbound.pool.clone(), outbound.pool.clone()];
+    for pool in pools.clone() {
         tokio::spawn(async move {
             loop {
                 tokio::time::sleep(SWEEP).await;
-                pool.sweep();
+                pool.sweep(Instant::now());
             }
         });
     }
@@ -55,7 +56,7 @@ async fn carry(shared: &Arc<Shared>, listeners: Listeners, delivery: Delivery, d
             listener,
             shared.places.inbound_connections.clone(),
             draining,
-            tell(shared, Direction::Inbound),
+            tell(shared, Direction::Inbound, pools.clone()),
             move |stream, client| story.clone().connection(stream, client, connection_draining.clone()),
         ));
     }
@@ -66,7 +67,7 @@ async fn carry(shared: &Arc<Shared>, listeners: Listeners, delivery: Delivery, d
             listener,
             shared.places.outbound_connections.clone(),
             draining,
-            tell(shared, Direction::Outbound),
+            tell(shared, Direction::Outbound, pools.clone()),
             move |stream, client| story.clone().connection(stream, client, connection_draining.clone()),
         ));
     }
@@ -86,19 +87,21 @@ fn taken_over(listeners: Vec<StdListener>) -> Vec<TcpListener> {
     listeners.into_iter().filter_map(take).collect()
 }
 
-/// What an accept loop met. A connection over the cap is refused like any other; a panic is a bug of ours, which
-/// the record of the connection has counted.
+/// What an accept loop met. A connection over the cap is refused like any other; where descriptors run out, those of
+/// connections that nobody uses are freed; a panic is a bug of ours, which the record of the connection has counted.
 fn tell(
     shared: &Arc<Shared>,
     direction: Direction,
-) -> impl Fn(Incident, std::net::SocketAddr) + Clone + Send + 'static {
+    pools: [Arc<Pool>; 2],
+) -> impl Fn(Incident) + Clone + Send + 'static {
     let telemetry = shared.telemetry.clone();
-    move |incident, client| match incident {
-        Incident::Full => {
+    move |incident| match incident {
+        Incident::NoDescriptor => pools.iter().for_each(|pool| pool.close_idle(Instant::now())),
+        Incident::Full(client) => {
             let full = Failed::new(Failure::Overloaded, "the bound of connections at a time is reached");
             telemetry.connection(direction, client).fail(full);
         }
-        Incident::Panicked => {
+        Incident::Panicked(client) => {
             tracing::error!(%client, direction = direction.label(), "the task of a connection panicked");
         }
     }

@@ -28,6 +28,7 @@ use weft_proto::spiffe::SpiffeId;
 
 use super::{
     Connector, Secured, SendFailed,
+    idle::idle_limit,
     standing::{Standing, Tasks},
 };
 use crate::{
@@ -77,11 +78,11 @@ const SEND_BUFFER: usize = 128 * 1024;
 const HTTP1_BUFFER: usize = 128 * 1024;
 /// Connections to one key; past it a call is refused rather than queued without bound.
 const CONNECTIONS_PER_KEY: usize = 256;
+/// A connection that is idle for less may just have been dialled for a call that has not taken it yet.
+const JUST_USED: Duration = Duration::from_millis(100);
 /// Idle HTTP/1 connections kept per key: as many as an app under load has had at a time, or each burst of calls dials
 /// anew. The youngest are used first, so those that are too many grow old and are closed.
 const IDLE_PER_KEY: usize = 1024;
-/// An idle connection is closed after this long.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// A silent HTTP/2 peer with open streams is asked whether it lives after this long.
 const PING_AFTER: Duration = Duration::from_secs(10);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
@@ -231,12 +232,9 @@ impl Pool {
             .await
             .map_err(|error| SendFailed::from_hyper(&error, true).failed)?;
         let standing = Standing::default();
-        let driving = standing.clone().drive(driver, peer.clone(), self.connector.clone(), tasks);
         let open = self.metrics.pool_connection(Protocol::Http2);
-        tokio::spawn(async move {
-            let _open = open;
-            driving.await;
-        });
+        let driving = standing.clone().drive(driver, peer.clone(), self.connector.clone(), tasks, Some(open));
+        tokio::spawn(driving);
         Ok(Arc::new(Http2 {
             sender,
             peer,
@@ -286,15 +284,15 @@ impl Pool {
     }
 
     /// Closes connections that were idle for too long. Called now and then.
-    pub fn sweep(&self) {
-        let now = Instant::now();
-        self.shelves().retain(|_, shelf| {
-            shelf.http2.retain(|connection| connection.is_usable() && !connection.is_idle(now));
-            shelf
-                .http1
-                .retain(|idle| idle.connection.is_usable() && now.duration_since(idle.since) < IDLE_TIMEOUT);
-            !shelf.http2.is_empty() || !shelf.http1.is_empty() || shelf.dialing.is_some()
-        });
+    pub fn sweep(&self, now: Instant) {
+        let mut shelves = self.shelves();
+        let mut ages: Vec<Duration> = shelves.values().flat_map(|shelf| shelf.idle_for(now)).collect();
+        close_idle_for(&mut shelves, idle_limit(&mut ages), now);
+    }
+
+    /// Closes all idle connections but those that were used this very moment, for want of descriptors.
+    pub fn close_idle(&self, now: Instant) {
+        close_idle_for(&mut self.shelves(), JUST_USED, now);
     }
 
     fn shelves(&self) -> MutexGuard<'_, Shelves> {
@@ -309,6 +307,18 @@ impl Pool {
 pub async fn one_off(connector: &Connector, key: &Key, limit: Duration) -> Result<Lease> {
     let connection = open_http1(connector, key, limit, None).await?;
     Ok(Lease { connection: Connection::Http1(connection, None), reused: false })
+}
+
+fn close_idle_for(shelves: &mut Shelves, limit: Duration, now: Instant) {
+    let stays = |idle_for: Option<Duration>| idle_for.is_none_or(|age| age < limit);
+    shelves.retain(|_, shelf| {
+        shelf.http2.retain(|connection| connection.is_usable() && stays(connection.idle_for(now)));
+        shelf.http1.retain(|idle| idle.connection.is_usable() && stays(Some(now.duration_since(idle.since))));
+        !shelf.http2.is_empty() || !shelf.http1.is_empty() || shelf.dialing.is_some()
+    });
+    if shelves.len() < shelves.capacity() / 4 {
+        shelves.shrink_to_fit();
+    }
 }
 
 fn silent(address: SocketAddr) -> Failed {
@@ -334,12 +344,8 @@ async fn open_http1(
         .await
         .map_err(|error| SendFailed::from_hyper(&error, true).failed)?;
     let standing = Standing::default();
-    let driving =
-        standing.clone().drive(driver.with_upgrades(), peer.clone(), connector.clone(), Tasks::default());
-    tokio::spawn(async move {
-        let _open = open;
-        driving.await;
-    });
+    let (driver, connector) = (driver.with_upgrades(), connector.clone());
+    tokio::spawn(standing.clone().drive(driver, peer.clone(), connector, Tasks::default(), open));
     Ok(Http1 { sender, peer, standing })
 }
 
@@ -356,6 +362,13 @@ fn http2_builder(tasks: Tasks) -> http2::Builder<Tasks> {
     builder
 }
 
+impl Shelf {
+    fn idle_for(&self, now: Instant) -> impl Iterator<Item = Duration> {
+        let http1 = self.http1.iter().map(move |idle| now.duration_since(idle.since));
+        self.http2.iter().filter_map(move |connection| connection.idle_for(now)).chain(http1)
+    }
+}
+
 impl Http1 {
     fn is_usable(&self) -> bool {
         !self.standing.is_retired() && !self.sender.is_closed()
@@ -367,9 +380,10 @@ impl Http2 {
         !self.standing.is_retired() && !self.sender.is_closed()
     }
 
-    fn is_idle(&self, now: Instant) -> bool {
+    /// For how long no call has used it; none while one does.
+    fn idle_for(&self, now: Instant) -> Option<Duration> {
         let since = *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner);
-        self.streams.load(Ordering::Relaxed) == 0 && now.duration_since(since) >= IDLE_TIMEOUT
+        (self.streams.load(Ordering::Relaxed) == 0).then(|| now.duration_since(since))
     }
 }
 
@@ -445,3 +459,6 @@ impl InUse {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,10 +11,18 @@ use std::{
     time::Duration,
 };
 
+use futures_util::{
+    FutureExt,
+    future::{self, Either},
+};
 use tokio::task::AbortHandle;
 
 use super::{Connector, trust_ended, trust_is_over};
-use crate::{model::Failed, telemetry::Cut, tls::VerifiedPeer};
+use crate::{
+    model::Failed,
+    telemetry::{Cut, OpenConnection},
+    tls::VerifiedPeer,
+};
 
 /// New calls leave a connection this long before its peer's certificate ends.
 const RETIRE_AHEAD: Duration = Duration::from_secs(1);
@@ -42,16 +50,18 @@ impl Standing {
         self.cut.reason()
     }
 
-    /// Drives a connection to its end, or until it is cut. `tasks` are those of an HTTP/2 connection.
-    pub(super) async fn drive<Broken: Error>(
+    /// Drives a connection to its end, or until it is cut; it counts as `open` until then. `tasks` are those of an
+    /// HTTP/2 connection. Not an async function: that would keep room for the driver twice.
+    pub(super) fn drive<Broken: Error>(
         self,
-        driver: impl Future<Output = Result<(), Broken>>,
+        driver: impl Future<Output = Result<(), Broken>> + Unpin,
         peer: Option<VerifiedPeer>,
         connector: Connector,
         tasks: Tasks,
-    ) {
-        let Some(peer) = &peer else { return log(driver.await) };
-        let over = async {
+        open: Option<OpenConnection>,
+    ) -> impl Future<Output = ()> {
+        let over = async move {
+            let Some(peer) = &peer else { return std::future::pending().await };
             trust_ended(peer, connector.credentials().clone(), RETIRE_AHEAD).await;
             self.retired.store(true, Ordering::Relaxed);
             trust_ended(peer, connector.credentials().clone(), Duration::ZERO).await;
@@ -59,10 +69,13 @@ impl Standing {
             // Said before the streams hear of it.
             self.cut.because(trust_is_over(peer));
         };
-        tokio::select! {
-            ended = driver => log(ended),
-            () = over => tasks.abort_connection(),
-        }
+        future::select(driver, Box::pin(over)).map(move |ended| {
+            match ended {
+                Either::Left((ended, _)) => log(ended),
+                Either::Right(_) => tasks.abort_connection(),
+            }
+            drop(open);
+        })
     }
 }
 

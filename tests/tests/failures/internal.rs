@@ -40,7 +40,7 @@ async fn a_bug_ends_its_connection_and_no_other() {
             drop(record);
         }
     };
-    tokio::spawn(serve::accept(listener, Arc::new(Semaphore::new(9)), draining, |_, _| {}, handle));
+    tokio::spawn(serve::accept(listener, Arc::new(Semaphore::new(9)), draining, |_| {}, handle));
     for word in [b"!", b"."] {
         let mut stream = TcpStream::connect(address).await.unwrap();
         tokio::io::AsyncWriteExt::write_all(&mut stream, word).await.unwrap();

@@ -1,0 +1,71 @@
+//! Idle connections of the pool, over real sockets. Each address of 127.0.0.0/8 counts as a server of its own.
+
+use tokio::net::TcpListener;
+
+use super::*;
+use crate::connect::Dialer;
+
+/// More than may grow old.
+const MANY: u8 = 140;
+const STAY: usize = 128;
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// A server that takes every connection and says nothing.
+async fn silent_server() -> u16 {
+    let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        let mut held = Vec::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            held.push(stream);
+        }
+    });
+    port
+}
+
+fn key(number: u8, port: u16) -> Key {
+    let address = SocketAddr::from(([127, 0, 1, number], port));
+    Key { address, security: Security::Plain, version: HttpVersion::Http2 }
+}
+
+fn open(pool: &Pool) -> Vec<u8> {
+    let shelves = pool.shelves();
+    let mut open: Vec<u8> = shelves
+        .iter()
+        .filter(|(_, shelf)| !shelf.http2.is_empty())
+        .map(|(key, _)| match key.address.ip() {
+            std::net::IpAddr::V4(address) => address.octets()[3],
+            std::net::IpAddr::V6(_) => 0,
+        })
+        .collect();
+    open.sort_unstable();
+    open
+}
+
+#[tokio::test]
+async fn of_many_idle_connections_the_youngest_stay_and_none_for_long() {
+    let port = silent_server().await;
+    let (_credentials, credentials) = watch::channel(None);
+    let pool =
+        Pool::new(Connector::new(Dialer::Direct, credentials, Duration::ZERO), Arc::new(Metrics::new()));
+    let in_use = pool.lend(&key(0, port), LIMIT).await.unwrap();
+    for number in 1..=MANY {
+        drop(pool.lend(&key(number, port), LIMIT).await.unwrap());
+    }
+    let now = Instant::now();
+    pool.sweep(now + Duration::from_secs(9));
+    assert_eq!(open(&pool), (0..=MANY).collect::<Vec<_>>());
+    pool.sweep(now + Duration::from_secs(10));
+    let youngest: Vec<u8> = (MANY - STAY as u8 + 1..=MANY).collect();
+    assert_eq!(open(&pool), [&[0], &youngest[..]].concat(), "the one in use, and the youngest");
+    pool.sweep(now + Duration::from_secs(50));
+    assert_eq!(open(&pool).len(), 1 + STAY);
+    pool.sweep(now + Duration::from_secs(60));
+    assert_eq!(open(&pool), [0], "the one in use");
+    drop(pool.lend(&key(1, port), LIMIT).await.unwrap());
+    pool.close_idle(Instant::now() + Duration::from_millis(100));
+    assert_eq!(open(&pool), [0], "the one in use");
+    drop(in_use);
+    pool.close_idle(Instant::now() + Duration::from_millis(100));
+    assert!(open(&pool).is_empty());
+}
