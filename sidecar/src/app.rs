@@ -6,6 +6,7 @@ mod build;
 mod check;
 mod command;
 mod live;
+mod memory;
 mod publication;
 mod sources;
 mod stop;

@@ -10,7 +10,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use super::{Senders, Shared, build::default_policy, views};
+use super::{Senders, Shared, build::default_policy, memory, views};
 use crate::{
     admin::{Public, serve_private, serve_public},
     balance::Condition,
@@ -47,6 +47,7 @@ pub(super) fn start_sources(shared: &Arc<Shared>, senders: Senders, span_export:
     tokio::spawn(count_endpoints(shared.clone()));
     tokio::spawn(follow_identity(shared.clone()));
     tokio::spawn(follow_directory(shared.clone()));
+    tokio::spawn(memory::give_back());
 }
 
 /// Files, and Consul beside them.
