@@ -5,6 +5,7 @@ time with proxies that were started for it.
 import contextlib
 import dataclasses
 import threading
+import time
 
 import counting
 import load
@@ -14,6 +15,7 @@ from machine import Failed, Span, tail, wait
 WARM_UP = 1  # seconds of the same load before it counts
 IDLE_CONNECTIONS = {False: 20_000, True: 2_000}  # quick or not
 SERVICES, ENDPOINTS = 1_000, 10
+SETTLED = 30  # seconds after the last call
 STALLED = 100  # downloads, and as many uploads
 
 
@@ -60,7 +62,7 @@ class Watch:
 
     def __enter__(self):
         self.peer.check()
-        self.highest, self.ended = 0.0, threading.Event()
+        self.highest, self.highest_client, self.ended = 0.0, 0.0, threading.Event()
         self.sampler = threading.Thread(target=self.sample, daemon=True)
         self.span = Span(self.peer.place.machine.processes)
         self.before = [process.cpu_ns() for process in self.peer.proxies]
@@ -69,7 +71,9 @@ class Watch:
 
     def sample(self):
         while True:
-            self.highest = max([self.highest, *(process.rss_mb() for process in self.peer.proxies)])
+            sizes = [process.rss_mb() for process in self.peer.proxies]
+            self.highest = max([self.highest, *sizes])
+            self.highest_client = max([self.highest_client, *sizes[:1]])
             if self.ended.wait(0.2):
                 return
 
@@ -298,7 +302,8 @@ def stalled(peer, run):
 
 
 def services(peer, _run):
-    """Memory with many services known, and again when every endpoint was dialled."""
+    """Memory with many services known, when each was called once, when every endpoint was dialled, and some time after
+    the last call."""
     place = peer.place
     urls = peer.plan.add_services(place, SERVICES, ENDPOINTS)
     peer.restart()
@@ -307,20 +312,31 @@ def services(peer, _run):
         file = place.path("urls")
         with open(file, "w") as opened:
             opened.write("\n".join(urls))
+        once = load.bench_peer(place, ["visit", file, 1], 60)
+        called, connections_once = peer.proxies[0].rss_mb(), connections_between(place)
         with Watch(peer) as watch:
             result = load.bench_peer(place, ["visit", file, 4 * ENDPOINTS], 120)
-        dialled = peer.proxies[0].rss_mb()
         sample = watch.sample_of(result)
-        connections = place.client.get(15020, "/metrics")[1]
-        pooled = [line.split()[-1] for line in connections.splitlines() if line.startswith("weft_pool_connections{")]
-        return sample | {
+        sample |= {
             "rss_mb_known": known,
-            "rss_mb_dialled": dialled,
-            "rss_mb_dialled_server": peer.proxies[1].rss_mb(),
-            "connections_between": sum(float(word) for word in pooled),
+            "rss_mb_called": called,
+            "connections_called": connections_once,
+            "rss_mb_dialled": watch.highest_client,
+            "connections_between": connections_between(place),
         }
+        time.sleep(SETTLED)
+        sample |= {"rss_mb_settled": peer.proxies[0].rss_mb(), "connections_settled": connections_between(place)}
+        sample["errors"] += once["errors"]
+        sample["first_error"] = once["first_error"] or sample["first_error"]
+        return sample
     finally:
         peer.plan.remove_services(place)
+
+
+def connections_between(place):
+    """Open connections to the other sidecar, as the client's says."""
+    lines = place.client.get(15020, "/metrics")[1].splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("weft_pool_connections{"))
 
 
 has_proxies = lambda peer: len(peer.sides) == 2  # noqa: E731
