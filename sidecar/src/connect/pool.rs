@@ -81,8 +81,9 @@ const CONNECTIONS_PER_KEY: usize = 256;
 /// A connection that is idle for less may just have been dialled for a call that has not taken it yet.
 const JUST_USED: Duration = Duration::from_millis(100);
 /// Idle HTTP/1 connections kept per key: as many as an app under load has had at a time, or each burst of calls dials
-/// anew. The youngest are used first, so those that are too many grow old and are closed.
-const IDLE_PER_KEY: usize = 1024;
+/// anew; there are never more than requests at a time. The youngest are used first, so those that are too many grow
+/// old and are closed.
+const IDLE_PER_KEY: usize = 16_384;
 /// A silent HTTP/2 peer with open streams is asked whether it lives after this long.
 const PING_AFTER: Duration = Duration::from_secs(10);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
