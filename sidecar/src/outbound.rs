@@ -211,14 +211,7 @@ impl Outbound {
         draining: Draining,
         record: &mut telemetry::Connection,
     ) -> Result<()> {
-        let protocol = match heard {
-            Heard::Protocol(protocol) => {
-                self.telemetry.metrics().detected(protocol);
-                protocol
-            }
-            // A client that shuts down its side at once may still want to hear the server.
-            Heard::Silence | Heard::End => Protocol::Opaque,
-        };
+        let protocol = self.detected_protocol(heard);
         self.spoken(stream, protocol, target, draining, record).await
     }
 
@@ -230,33 +223,51 @@ impl Outbound {
         draining: Draining,
         record: &mut telemetry::Connection,
     ) -> Result<()> {
-        // A client that no server was found for is told by a reset. One that opens connections before it needs them
-        // may speak meanwhile.
-        let opened = tokio::select! {
-            biased;
-            ahead = detect::client_speaks(&mut stream) => Err(ahead.map_err(|error| client_broke(&error))?),
-            opened = self.open_tunnel(&target, record) => Ok(opened),
-        };
-        let mut tunnel = match opened {
-            Ok(opened) => opened.inspect_err(|_| net::reset(&stream))?,
-            Err(ahead) => return self.heard(stream, ahead.heard, target, draining, record).await,
-        };
-        let first = detect::first_to_speak(&mut stream, tunnel.stream()).await;
-        match first.inspect_err(|_| net::reset(&stream)).map_err(|error| client_broke(&error))? {
-            FirstToSpeak::Server => {
-                record.opened(security(&target), Protocol::Opaque);
-                tunnel.copy(stream, record).await
+        // A client that opens connections before it needs them may speak before the server is there. If that is HTTP,
+        // the server was dialled for nothing.
+        let met = {
+            let mut opening = std::pin::pin!(self.open_tunnel(&target, record));
+            let first = tokio::select! {
+                biased;
+                ahead = detect::client_speaks(&mut stream) => Err(ahead.map_err(|error| client_broke(&error))?),
+                opened = opening.as_mut() => Ok(opened),
+            };
+            match first {
+                Ok(opened) => Ok((opened, None)),
+                Err(ahead) if ahead.heard.is_http() => Err(ahead.heard),
+                Err(ahead) => Ok((opening.await, Some(ahead.heard))),
             }
-            FirstToSpeak::Client(ahead) => match ahead.heard {
-                Heard::Protocol(protocol) if protocol.http().is_some() => {
+        };
+        let (mut tunnel, mut heard) = match met {
+            Err(heard) => return self.heard(stream, heard, target, draining, record).await,
+            // A client that no server was found for is told by a reset.
+            Ok((opened, heard)) => (opened.inspect_err(|_| net::reset(&stream))?, heard),
+        };
+        if heard.is_none() {
+            let first = detect::first_to_speak(&mut stream, tunnel.stream()).await;
+            match first.inspect_err(|_| net::reset(&stream)).map_err(|error| client_broke(&error))? {
+                FirstToSpeak::Server => {}
+                FirstToSpeak::Client(ahead) if ahead.heard.is_http() => {
                     drop(tunnel);
-                    self.spoken(stream, protocol, target, draining, record).await
+                    return self.heard(stream, ahead.heard, target, draining, record).await;
                 }
-                _ => {
-                    record.opened(security(&target), Protocol::Opaque);
-                    tunnel.copy(stream, record).await
-                }
-            },
+                FirstToSpeak::Client(ahead) => heard = Some(ahead.heard),
+            }
+        }
+        let protocol = heard.map_or(Protocol::Opaque, |heard| self.detected_protocol(heard));
+        record.opened(security(&target), protocol);
+        tunnel.copy(stream, record).await
+    }
+
+    /// What to take the client's bytes for.
+    fn detected_protocol(&self, heard: Heard) -> Protocol {
+        match heard {
+            Heard::Protocol(protocol) => {
+                self.telemetry.metrics().detected(protocol);
+                protocol
+            }
+            // A client that shuts down its side at once may still want to hear the server.
+            Heard::Silence | Heard::End => Protocol::Opaque,
         }
     }
 

@@ -15,10 +15,12 @@ pub(super) async fn give_back() {
     let mut kept = 0;
     loop {
         tokio::time::sleep(LOOK).await;
+        let free_now = free();
         // What is in use again is not freed any more; free pages that were given back still count as free.
-        kept = kept.min(free());
-        if free() - kept >= WORTH {
-            trim();
+        kept = kept.min(free_now);
+        if free_now - kept >= WORTH {
+            // Some milliseconds for each 10 MB: not on a thread that others wait for.
+            let _panicked = tokio::task::spawn_blocking(trim).await;
             kept = free();
         }
     }
@@ -27,7 +29,7 @@ pub(super) async fn give_back() {
 /// Bytes that the allocator has and nobody uses.
 #[cfg(target_env = "gnu")]
 fn free() -> usize {
-    // SAFETY: reads the allocator's own counters under its own locks; takes nothing from us.
+    // SAFETY: counts what the allocator has, under its own locks; takes nothing from us.
     let counters = unsafe { nix::libc::mallinfo() };
     // Of 32 bits. Its successor has more, and came with glibc 2.33 only.
     counters.fordblks as u32 as usize

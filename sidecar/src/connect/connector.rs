@@ -2,6 +2,7 @@
 
 use std::{future::Future, io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
+use nix::libc;
 use tokio::{
     net::{TcpSocket, TcpStream},
     sync::watch,
@@ -84,7 +85,7 @@ impl Connector {
     /// Opens a connection within `limit`, TCP and TLS together.
     ///
     /// # Errors
-    /// The `connect_*` failures, `no_identity`, and those of the handshake.
+    /// The `connect_*` failures, `no_identity`, and those of the handshake; `overloaded` where no descriptor is left.
     pub async fn connect(
         &self,
         address: SocketAddr,
@@ -121,6 +122,10 @@ impl Connector {
 }
 
 fn dial_failed(address: SocketAddr, error: &io::Error) -> Failed {
+    if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) {
+        let detail = format!("{address}: no descriptor is left for a connection (`ulimit -n`): {error}");
+        return Failed::new(Failure::Overloaded, detail);
+    }
     let failure = match error.kind() {
         io::ErrorKind::ConnectionRefused => Failure::ConnectRefused,
         io::ErrorKind::TimedOut => Failure::ConnectTimeout,

@@ -95,7 +95,7 @@ pub struct Pool {
     shelves: Mutex<Shelves>,
 }
 
-/// Asked at every request; the keys come from the registry and not from strangers, so a short hash will do.
+/// Asked at every request. Of a key a stranger chooses the port at most, which cannot make many of one hash.
 type Shelves = HashMap<Key, Shelf, BuildHasherDefault<FnvHasher>>;
 
 #[derive(Default)]
@@ -219,8 +219,8 @@ impl Pool {
     }
 
     async fn open_http2(self: &Arc<Self>, key: &Key, limit: Duration) -> Result<Arc<Http2>> {
-        let secured = self.connector.connect(key.address, &key.security, Alpn::Http2, limit).await?;
-        let Secured { mut stream, peer } = secured;
+        let secured = self.connector.connect(key.address, &key.security, Alpn::Http2, limit).await;
+        let Secured { mut stream, peer } = self.making_room(secured)?;
         if peer.is_some() {
             // TLS 1.3: its verdict on our certificate comes with its first bytes. Heard before anything is sent,
             // a refusal is known for what it is.
@@ -252,7 +252,8 @@ impl Pool {
         }
         let open = self.metrics.pool_connection(Protocol::Http1);
         // Boxed, or every call would keep room for a dial.
-        let connection = Box::pin(open_http1(&self.connector, key, limit, Some(open))).await?;
+        let connection = Box::pin(open_http1(&self.connector, key, limit, Some(open))).await;
+        let connection = self.making_room(connection)?;
         Ok(Lease { connection: Connection::Http1(connection, home), reused: false })
     }
 
@@ -289,6 +290,15 @@ impl Pool {
         let mut shelves = self.shelves();
         let mut ages: Vec<Duration> = shelves.values().flat_map(|shelf| shelf.idle_for(now)).collect();
         close_idle_for(&mut shelves, idle_limit(&mut ages), now);
+    }
+
+    /// Where a dial failed for want of a descriptor, the next one shall find some.
+    fn making_room<T>(&self, dialled: Result<T>) -> Result<T> {
+        dialled.inspect_err(|failed| {
+            if failed.failure == Failure::Overloaded {
+                self.close_idle(Instant::now());
+            }
+        })
     }
 
     /// Closes all idle connections but those that were used this very moment, for want of descriptors.

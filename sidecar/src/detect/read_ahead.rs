@@ -39,6 +39,13 @@ pub enum Heard {
     End,
 }
 
+impl Heard {
+    /// Is it HTTP, of whichever version?
+    pub fn is_http(self) -> bool {
+        matches!(self, Heard::Protocol(protocol) if protocol.http().is_some())
+    }
+}
+
 /// Reads until the protocol is known, the client is silent for `limit`, it pauses within its first bytes, or it
 /// closes its side. May be asked again
 /// about the same stream after [`Heard::Silence`]. Cancel safe: a future dropped half way puts back what it read.

@@ -148,7 +148,14 @@ where
         () = looking => return Ok(()),
         why = stop => {
             connection.as_mut().graceful_shutdown();
-            let in_time = timeout(drain_timeout, connection.as_mut()).await;
+            let ending = async {
+                tokio::select! {
+                    biased;
+                    ended = connection.as_mut() => ended,
+                    () = timer.keep_time() => Ok(()),
+                }
+            };
+            let in_time = timeout(drain_timeout, ending).await;
             in_time.map_err(|_| cut.because(still_in_flight(&why, drain_timeout)))?
         }
     };
@@ -190,8 +197,9 @@ where
     // None: the client took back too much.
     let why = tokio::select! {
         biased;
-        ended = connection.as_mut() => return ended.map_err(|error| client_failure(&error)),
+        // First: a connection with enough to do takes all that one turn of a task may.
         why = stop => Some(why),
+        ended = connection.as_mut() => return ended.map_err(|error| client_failure(&error)),
         () = streams.idle_for(limits.idle_timeout) => Some(Failed::new(Failure::Draining, "it was idle")),
         () = no_preface(&read, limits.header_timeout) => {
             return Err(Failed::new(Failure::ClientTimeout, "the preface of HTTP/2 did not come"));

@@ -35,6 +35,8 @@ struct Wait {
     /// The end of the present wait, in nanoseconds from `start`; [`NEVER`] if there is none.
     end: AtomicU64,
     start: Instant,
+    /// Which wait is the present one.
+    number: AtomicU64,
 }
 
 const NEVER: u64 = u64::MAX;
@@ -44,7 +46,14 @@ const LONGEST: Duration = Duration::from_secs(1_000_000_000);
 impl HeadTimer {
     pub(super) fn new(read: Arc<AtomicU64>, head_timeout: Duration) -> Self {
         let start = Instant::now();
-        HeadTimer(Arc::new(Wait { read, before: 0.into(), head_timeout, end: NEVER.into(), start }))
+        HeadTimer(Arc::new(Wait {
+            read,
+            before: 0.into(),
+            head_timeout,
+            end: NEVER.into(),
+            start,
+            number: 0.into(),
+        }))
     }
 
     /// Has the client sent nothing since it was last waited for?
@@ -91,7 +100,8 @@ impl Timer for HeadTimer {
         let wait = self.0.clone();
         wait.before.store(wait.read.load(Ordering::Relaxed), Ordering::Relaxed);
         wait.set_end(deadline.into());
-        Box::pin(HeadSleep { wait, begun: false })
+        let number = wait.number.fetch_add(1, Ordering::Relaxed) + 1;
+        Box::pin(HeadSleep { wait, number, begun: false })
     }
 
     fn now(&self) -> StdInstant {
@@ -102,6 +112,7 @@ impl Timer for HeadTimer {
 /// One wait for one head.
 struct HeadSleep {
     wait: Arc<Wait>,
+    number: u64,
     /// The head has begun.
     begun: bool,
 }
@@ -125,6 +136,55 @@ impl Future for HeadSleep {
 
 impl Drop for HeadSleep {
     fn drop(&mut self) {
-        self.wait.end.store(NEVER, Ordering::Relaxed);
+        // The next wait may have begun before this one is dropped.
+        if self.wait.number.load(Ordering::Relaxed) == self.number {
+            self.wait.end.store(NEVER, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    const IDLE: Duration = Duration::from_secs(3600);
+    const HEAD: Duration = Duration::from_secs(30);
+
+    /// As the server of a connection waits: hyper's sleep first, then the one timer.
+    async fn ends(timer: &HeadTimer, sleep: &mut Pin<Box<dyn Sleep>>) {
+        tokio::select! {
+            biased;
+            () = sleep => {}
+            () = timer.keep_time() => unreachable!(),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_may_be_idle_for_long_but_not_within_a_head() {
+        let read = Arc::new(AtomicU64::new(0));
+        let timer = HeadTimer::new(read.clone(), HEAD);
+        let begin = Instant::now();
+        ends(&timer, &mut timer.sleep(IDLE)).await;
+        assert!(timer.is_idle() && begin.elapsed() >= IDLE && begin.elapsed() < IDLE + HEAD);
+
+        let begin = Instant::now();
+        let mut sleep = timer.sleep(IDLE);
+        assert!(ends(&timer, &mut sleep).now_or_never().is_none());
+        tokio::time::advance(HEAD * 2).await;
+        read.fetch_add(1, Ordering::Relaxed);
+        ends(&timer, &mut sleep).await;
+        assert!(!timer.is_idle() && begin.elapsed() >= HEAD * 3 && begin.elapsed() < HEAD * 4);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wait_that_takes_the_place_of_another_ends() {
+        let timer = HeadTimer::new(Arc::default(), HEAD);
+        let begin = Instant::now();
+        let mut sleep = timer.sleep(IDLE);
+        timer.reset(&mut sleep, (begin + IDLE * 2).into_std());
+        ends(&timer, &mut sleep).await;
+        assert!(begin.elapsed() >= IDLE * 2 && begin.elapsed() < IDLE * 3);
     }
 }

@@ -268,7 +268,9 @@ impl Outbound {
             match self.dial_for_upgrade(endpoint, known).await {
                 Ok(lease) => break (lease, picked, span),
                 Err(failed) => {
-                    picked.failed(Instant::now());
+                    if failure_speaks_against_endpoint(failed.failure) {
+                        picked.failed(Instant::now());
+                    }
                     record.attempt_failed(&failed);
                     tried.push(endpoint);
                     if only.is_some() || tried.len() > usize::from(known.policy.retries.attempts) {

@@ -10,6 +10,7 @@ use crate::{
     connect::{Security, trust_ended, trust_is_over},
     model::{Failed, Failure, Result},
     net::{self, Stream},
+    policy::response::failure_speaks_against_endpoint,
     telemetry::Connection,
     tls::{Alpn, Credentials, VerifiedPeer},
 };
@@ -83,7 +84,9 @@ impl Outbound {
                     return Ok(self.tunnel(secured.stream, secured.peer, Some(picked)));
                 }
                 Err(failed) => {
-                    picked.failed(Instant::now());
+                    if failure_speaks_against_endpoint(failed.failure) {
+                        picked.failed(Instant::now());
+                    }
                     tried.push(address);
                     if only.is_some() || tried.len() >= MOST_ATTEMPTS || !failed.failure.nothing_processed() {
                         return Err(failed);

@@ -53,6 +53,9 @@ const EXPORT: &str = "/opentelemetry.proto.collector.trace.v1.TraceService/Expor
 const ATTEMPTS: u32 = 4;
 /// The pause after the first attempt; the next ones are twice as long each.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// A collector that is silent while a batch waits for its answer is asked whether it lives.
+const PING_AFTER: Duration = Duration::from_secs(5);
+const PING_TIMEOUT: Duration = Duration::from_secs(4);
 /// Of a gRPC status, for the log.
 const MESSAGE_CHARACTERS: usize = 300;
 /// More of an answer is not read: the connection is closed instead.
@@ -70,6 +73,8 @@ impl Collector {
         connector.set_nodelay(true);
         let client = Client::builder(TokioExecutor::new())
             .http2_only(is_grpc)
+            .http2_keep_alive_interval(PING_AFTER)
+            .http2_keep_alive_timeout(PING_TIMEOUT)
             .timer(TokioTimer::new())
             .pool_timer(TokioTimer::new())
             .build(connector);

@@ -174,6 +174,7 @@ impl Record {
         let inner = &mut *self.inner;
         inner.attempts += 1;
         inner.endpoint = Some(endpoint);
+        inner.peer = None;
         inner.handles.attempt(retry);
         let trace = inner.trace.child(&mut fastrand::Rng::new());
         inner.attempt = Some(Attempt {

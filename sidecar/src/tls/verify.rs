@@ -69,7 +69,8 @@ impl VerifiedPeer {
     }
 
     /// Would its certificate be accepted now, by this bundle? A connection for which this turns false is
-    /// drained and closed. With the roots of the handshake nothing can have changed but the time.
+    /// drained and closed. With the roots of the handshake nothing can have changed but the time,
+    /// which goes forward.
     pub fn still_trusted(&self, bundle: &Bundle, now: SystemTime) -> bool {
         let in_time = self.0.valid_until.is_some_and(|end| unix_time(now).as_secs() <= end);
         (in_time && self.0.bundle == *bundle)
