@@ -133,3 +133,19 @@ fn dial_failed(address: SocketAddr, error: &io::Error) -> Failed {
     };
     Failed::new(failure, format!("{address}: {error}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::response::failure_speaks_against_endpoint;
+
+    #[test]
+    fn a_want_of_descriptors_does_not_speak_against_the_endpoint() {
+        let address = SocketAddr::from(([10, 0, 0, 1], 80));
+        for (code, speaks) in [(libc::EMFILE, false), (libc::ENFILE, false), (libc::EHOSTUNREACH, true)] {
+            let failed = dial_failed(address, &io::Error::from_raw_os_error(code));
+            assert_eq!(failure_speaks_against_endpoint(failed.failure), speaks, "{failed:?}");
+            assert!(failed.detail.contains("10.0.0.1:80"), "{failed:?}");
+        }
+    }
+}
