@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Instances of one service.
-const MAX_INSTANCES: usize = 20_000;
+pub(super) const MAX_INSTANCES: usize = 20_000;
 /// Mistakes that are kept of one answer.
 const MAX_MISTAKES: usize = 20;
 const MAX_IDENTITIES: usize = 20;

@@ -1,8 +1,8 @@
 //! What is known of one service, from answer to answer. Pure, with time as an argument. After a gap (an outage,
 //! or an index that went back) the registry may have forgotten who is alive: then the endpoints of before stay
-//! beside the new ones for a grace, until each was seen well again, and the breakers decide who is called. So they
-//! do where no instance is well and some are cut off: Consul's servers do not reach the agents of their nodes, which
-//! says nothing about the apps.
+//! beside the new ones for a grace, until each was seen well again, and the breakers decide who is called. Further
+//! gaps make nobody's grace longer. The breakers decide too where no instance is well and some are cut off:
+//! Consul's servers do not reach the agents of their nodes, which says nothing about the apps.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -11,7 +11,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::health::{Instance, InstanceKey, Reading};
+use super::health::{Instance, InstanceKey, MAX_INSTANCES, Reading};
 use crate::model::{Endpoint, Registered, Service, ServiceName};
 
 /// How long endpoints of before an outage stay.
@@ -22,14 +22,20 @@ pub(super) const GRACE: Duration = Duration::from_secs(300);
 pub(super) struct Known {
     name: ServiceName,
     instances: BTreeMap<InstanceKey, Instance>,
-    /// Well before the gap, and not seen well since.
-    kept: BTreeMap<InstanceKey, Instance>,
-    kept_until: Option<Instant>,
+    /// Called before a gap, and not seen well since.
+    kept: BTreeMap<InstanceKey, Kept>,
+}
+
+#[derive(Debug)]
+struct Kept {
+    instance: Instance,
+    /// The end of its grace.
+    until: Instant,
 }
 
 impl Known {
     pub(super) fn new(name: ServiceName) -> Self {
-        Known { name, instances: BTreeMap::new(), kept: BTreeMap::new(), kept_until: None }
+        Known { name, instances: BTreeMap::new(), kept: BTreeMap::new() }
     }
 
     /// Is nothing known, or nothing left?
@@ -37,9 +43,9 @@ impl Known {
         self.instances.is_empty() && self.kept.is_empty()
     }
 
-    /// When the kept ones must go.
+    /// When the first of the kept ones must go.
     pub(super) fn kept_until(&self) -> Option<Instant> {
-        self.kept_until
+        self.kept.values().map(|kept| kept.until).min()
     }
 
     /// Takes an answer; `after_gap`: the first one after an outage, or with an index that went back.
@@ -55,36 +61,41 @@ impl Known {
         }
         if after_gap {
             let is_called = called(&older);
-            self.kept.extend(older.into_iter().filter(|(_, instance)| is_called(instance)));
-            self.kept_until = Some(now + GRACE);
+            for (key, instance) in older.into_iter().filter(|(_, instance)| is_called(instance)) {
+                self.keep(key, instance, now);
+            }
         }
         self.instances = newer;
         if !self.kept.is_empty() {
             let well = self.instances.values().filter(|instance| instance.is_well);
             let (keys, addresses): (HashSet<_>, HashSet<_>) =
                 well.map(|instance| (instance.key.clone(), instance.endpoint.address)).unzip();
-            self.kept.retain(|key, instance| {
-                !keys.contains(key) && !addresses.contains(&instance.endpoint.address)
+            self.kept.retain(|key, kept| {
+                !keys.contains(key) && !addresses.contains(&kept.instance.endpoint.address)
             });
         }
         self.expire(now);
     }
 
+    /// Who is kept already stays as it was, and no longer.
+    fn keep(&mut self, key: InstanceKey, instance: Instance, now: Instant) {
+        if self.kept.len() < MAX_INSTANCES {
+            self.kept.entry(key).or_insert(Kept { instance, until: now + GRACE });
+        }
+    }
+
     /// Drops what was kept long enough; says whether anything was.
     pub(super) fn expire(&mut self, now: Instant) -> bool {
-        if self.kept_until.is_some_and(|until| now >= until) || self.kept.is_empty() {
-            self.kept_until = None;
-            let had = !self.kept.is_empty();
-            self.kept.clear();
-            return had;
-        }
-        false
+        let before = self.kept.len();
+        self.kept.retain(|_, kept| now < kept.until);
+        self.kept.len() < before
     }
 
     /// The service as it is called now, and where its instances contradict each other.
     pub(super) fn service(&self) -> (Service, Option<String>) {
         let mut service = Service::named(self.name.clone());
-        let all = || self.instances.values().chain(self.kept.values());
+        let kept = || self.kept.values().map(|kept| &kept.instance);
+        let all = || self.instances.values().chain(kept());
         let mut contradiction = None;
         for instance in all() {
             service.identities.extend_from_slice(&instance.identities);
@@ -107,7 +118,7 @@ impl Known {
         service.identities.sort();
         service.identities.dedup();
         let is_called = called(&self.instances);
-        let called = self.instances.values().filter(|instance| is_called(instance)).chain(self.kept.values());
+        let called = self.instances.values().filter(|instance| is_called(instance)).chain(kept());
         service.endpoints = called.map(|instance| instance.endpoint.clone()).collect();
         sort(&mut service.endpoints);
         service.registered = if self.is_empty() { Registered::No } else { Registered::Yes };
@@ -220,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn a_second_gap_begins_the_grace_anew_and_loses_nobody() {
+    fn a_second_gap_loses_nobody_and_makes_no_grace_longer() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut known = Known::new("orders".parse().unwrap());
@@ -228,7 +239,37 @@ mod tests {
         known.accept(reading(&[("b", 2, true)]), true, at(100));
         known.accept(reading(&[]), true, at(200));
         assert_eq!(endpoints(&known), [1, 2]);
+        assert_eq!(known.kept_until(), Some(at(400)));
+        assert!(known.expire(at(400)));
+        assert_eq!(endpoints(&known), [2]);
         assert_eq!(known.kept_until(), Some(at(500)));
+    }
+
+    #[test]
+    fn however_often_a_gap_comes_who_left_vanishes() {
+        let start = Instant::now();
+        let mut known = Known::new("orders".parse().unwrap());
+        for minutes in 0..60_u8 {
+            // Each is replaced by another, in a gap of its own.
+            let now = start + Duration::from_secs(60) * u32::from(minutes);
+            known.accept(reading(&[(&format!("i{minutes}"), minutes, true)]), minutes > 0, now);
+        }
+        assert_eq!(endpoints(&known), [54, 55, 56, 57, 58, 59]);
+    }
+
+    #[test]
+    fn so_many_are_kept_and_no_more() {
+        let (mut known, now) = (Known::new("orders".parse().unwrap()), Instant::now());
+        for gap in 0..3_u32 {
+            let all = (0..12_000_u32).map(|number| {
+                let [_, _, high, low] = number.to_be_bytes();
+                let address = ([10, u8::try_from(gap).unwrap(), high, low], 80).into();
+                let key = ("node".into(), format!("{gap}-{number}").into());
+                Instance { key, endpoint: Endpoint::at(address), ..instance("any", 1, true) }
+            });
+            known.accept(Reading { instances: all.collect(), ..Reading::default() }, gap > 0, now);
+        }
+        assert_eq!(known.kept.len(), MAX_INSTANCES);
     }
 
     #[test]
