@@ -180,7 +180,8 @@ fn instance(
     let own = worst(checks().filter(|check| check.id != MEMBERSHIP))?;
     let of_node = worst(checks().filter(|check| check.id == MEMBERSHIP))?;
     let weights = service.weights.unwrap_or(Weights { passing: 1, warning: 1 });
-    let weight = if own.max(of_node) == Health::Warning { weights.warning } else { weights.passing };
+    let warns = own == Health::Warning || of_node == Health::Warning;
+    let weight = if warns { weights.warning } else { weights.passing };
     if weight < 0 {
         return Err(format!("`Service.Weights` has {weight}; expected 0 or more"));
     }
@@ -365,18 +366,21 @@ mod tests {
     fn a_lost_node_is_told_from_an_app_that_is_down() {
         let own = json!({"CheckID": "service:a", "ServiceID": "a", "Status": "passing"});
         for (of_node, of_app, expected) in [
-            ("passing", "passing", (true, false)),
-            ("critical", "passing", (false, true)),
-            ("critical", "warning", (false, true)),
-            ("passing", "critical", (false, false)),
-            ("critical", "critical", (false, false)),
+            ("passing", "passing", (true, false, 50)),
+            ("passing", "warning", (true, false, 7)),
+            ("critical", "passing", (false, true, 50)),
+            ("critical", "warning", (false, true, 7)),
+            ("passing", "critical", (false, false, 50)),
+            ("critical", "critical", (false, false, 50)),
         ] {
             let mut one = entry("a", "10.1.0.2", 80);
+            one["Service"]["Weights"] = json!({"Passing": 50, "Warning": 7});
             one["Checks"] = json!([one["Checks"][0], own]);
             one["Checks"][0]["Status"] = of_node.into();
             one["Checks"][1]["Status"] = of_app.into();
             let found = read_it(&json!([one])).unwrap().instances.remove(0);
-            assert_eq!((found.is_well, found.is_cut_off), expected, "{of_node} {of_app}");
+            let read = (found.is_well, found.is_cut_off, found.endpoint.weight);
+            assert_eq!(read, expected, "{of_node} {of_app}");
         }
     }
 
