@@ -1,8 +1,8 @@
 //! What is known of one service, from answer to answer. Pure, with time as an argument. After a gap (an outage,
 //! or an index that went back) the registry may have forgotten who is alive: then the endpoints of before stay
 //! beside the new ones for a grace, until each was seen well again, and the breakers decide who is called. Further
-//! gaps make nobody's grace longer. The breakers decide too where no instance is well and some are cut off:
-//! Consul's servers do not reach the agents of their nodes, which says nothing about the apps.
+//! gaps make nobody's grace longer. The breakers decide too where no instance is well, nobody is kept, and some are
+//! cut off: Consul's servers do not reach the agents of their nodes, which says nothing about the apps.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -52,6 +52,7 @@ impl Known {
     pub(super) fn accept(&mut self, reading: Reading, after_gap: bool, now: Instant) {
         let mut newer: BTreeMap<InstanceKey, Instance> =
             reading.instances.into_iter().map(|instance| (instance.key.clone(), instance)).collect();
+        let is_called = self.called();
         let older = std::mem::take(&mut self.instances);
         // One that can no longer be read stays as it was last read.
         for key in &reading.unreadable {
@@ -59,9 +60,12 @@ impl Known {
                 newer.entry(key.clone()).or_insert_with(|| before.clone());
             }
         }
-        if after_gap {
-            let is_called = called(&older);
-            for (key, instance) in older.into_iter().filter(|(_, instance)| is_called(instance)) {
+        // Whoever was called until now and is cut off goes on beside those that are kept.
+        let is_anybody_well = newer.values().any(|instance| instance.is_well);
+        let is_lost = |key: &InstanceKey| newer.get(key).is_some_and(|now| now.is_cut_off);
+        let joins_kept = !self.kept.is_empty() && !is_anybody_well;
+        for (key, instance) in older.into_iter().filter(|(_, instance)| is_called(instance)) {
+            if after_gap || joins_kept && is_lost(&key) {
                 self.keep(key, instance, now);
             }
         }
@@ -117,20 +121,22 @@ impl Known {
         }
         service.identities.sort();
         service.identities.dedup();
-        let is_called = called(&self.instances);
+        let is_called = self.called();
         let called = self.instances.values().filter(|instance| is_called(instance)).chain(kept());
         service.endpoints = called.map(|instance| instance.endpoint.clone()).collect();
         sort(&mut service.endpoints);
         service.registered = if self.is_empty() { Registered::No } else { Registered::Yes };
         (service, contradiction)
     }
-}
 
-/// Which of these are called: the well ones, and where there are none, those that are cut off.
-fn called(instances: &BTreeMap<InstanceKey, Instance>) -> fn(&Instance) -> bool {
-    match instances.values().any(|instance| instance.is_well) {
-        true => |instance| instance.is_well,
-        false => |instance| instance.is_cut_off,
+    /// Which instances are called beside the kept ones: the well ones, and where there is nobody else, those that
+    /// are cut off.
+    fn called(&self) -> fn(&Instance) -> bool {
+        match (self.instances.values().any(|instance| instance.is_well), self.kept.is_empty()) {
+            (true, _) => |instance| instance.is_well,
+            (false, true) => |instance| instance.is_cut_off,
+            (false, false) => |_| false,
+        }
     }
 }
 
@@ -198,6 +204,23 @@ mod tests {
         // Consul loses its state: who was called last stays for the grace.
         known.accept(reading(&[("a", 1, false)]), true, Instant::now());
         assert_eq!(endpoints(&known), [9]);
+    }
+
+    #[test]
+    fn those_that_are_cut_off_stay_out_while_others_are_kept() {
+        let start = Instant::now();
+        let cut_off = |id, last| Instance { is_cut_off: true, ..instance(id, last, false) };
+        let with = |instances| Reading { instances, ..Reading::default() };
+        let mut known = Known::new("orders".parse().unwrap());
+        known.accept(with(vec![instance("a", 1, true), cut_off("far", 9)]), false, start);
+        known.accept(with(vec![cut_off("far", 9)]), true, start);
+        assert_eq!(endpoints(&known), [1]);
+        // Who is well, and cut off later, goes on.
+        known.accept(with(vec![cut_off("far", 9), instance("b", 2, true)]), false, start);
+        known.accept(with(vec![cut_off("far", 9), cut_off("b", 2)]), false, start);
+        assert_eq!(endpoints(&known), [1, 2]);
+        known.expire(start + GRACE);
+        assert_eq!(endpoints(&known), [2, 9], "nobody is kept any more");
     }
 
     #[test]
