@@ -46,7 +46,9 @@ fn policies_are_followed_and_the_last_good_one_stays() {
     // Consul goes, and comes back with nothing: what holds, holds on.
     consul.stop();
     consul.start();
-    until("the loss is told", || web.process.log().contains("is gone after Consul lost its state"));
+    until("the loss is told", || {
+        web.process.log().contains("consul:weft/policies/web: is gone after an outage")
+    });
     assert_eq!(attempts(), 4);
     assert_ne!(get(&server, &url), "200 web");
     consul.put("weft/policies/web", "mutual_tls: permissive");

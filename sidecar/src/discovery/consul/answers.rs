@@ -35,7 +35,7 @@ pub fn policies_after(answers: &[(u64, &[u8])]) -> (Policies, Vec<Mistake>) {
     let mut store = Store::new(Policy::default());
     for (index, answer) in answers {
         if let Ok(entries) = super::policies::read(answer) {
-            store.take(Some(*index), entries);
+            store.take(Some(*index), entries, false);
         }
     }
     store.policies(&Policies::default())

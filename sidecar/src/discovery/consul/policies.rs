@@ -1,7 +1,8 @@
 //! Policies from Consul's key-value store: one document per service at `weft/policies/SERVICE`, the same YAML as in
 //! the policies directory (docs/policy.md). One blocking query watches all of them. A document with a mistake is
-//! refused and reported, and the last good one stays; so does everything when Consul is away, or comes back with
-//! its state lost. A file counts before Consul.
+//! refused and reported, and the last good one stays; so does everything when Consul is away. After a gap (an
+//! outage, or an index that went back) Consul may have lost its state: what is missing then stays until it is written
+//! again, for nothing tells it from what somebody deleted. A file counts before Consul.
 
 use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
@@ -74,7 +75,7 @@ pub async fn follow_policies(
     let PolicySettings { client, defaults } = settings;
     let mut store = Store::new(defaults);
     let (mut looked, mut failures, mut last_error) = (Some(looked), 0_u32, None::<Mistake>);
-    let mut has_files = true;
+    let (mut has_files, mut last_place) = (true, None::<Place>);
     // It outlives changes of files: a question that is dropped would go on in the agent.
     let mut looking = Box::pin(look(client.clone(), Instant::now(), None, WAIT));
     loop {
@@ -82,8 +83,10 @@ pub async fn follow_policies(
             found = &mut looking => {
                 let (rest, wait_from) = match found {
                     Ok((place, entries)) => {
-                        (failures, last_error) = (0, None);
-                        let is_later = store.take(place.map(|place| place.index), entries);
+                        let elsewhere = matches!((place, last_place), (Some(new), Some(old)) if !new.follows(old));
+                        let (index, after_gap) = (place.map(|place| place.index), failures > 0 || elsewhere);
+                        let is_later = store.take(index, entries, after_gap);
+                        (failures, last_error, last_place) = (0, None, place.or(last_place));
                         (if place.is_some() { LEAST_PAUSE } else { WITHOUT_INDEX }, place.filter(|_| is_later))
                     }
                     Err(error) => {
@@ -174,9 +177,11 @@ impl Store {
         Store { defaults, documents: BTreeMap::new(), index: None }
     }
 
-    /// Takes over what is there now; after an index that went back, what is missing stays. Says whether it did not.
-    pub(super) fn take(&mut self, index: Option<u64>, entries: Vec<Entry>) -> bool {
-        let lost_state = matches!((index, self.index), (Some(new), Some(old)) if new < old);
+    /// Takes over what is there now; `after_gap`: it may have been lost in between. Then what is missing stays, and
+    /// so it does after an index that went back. Says whether the index did not.
+    pub(super) fn take(&mut self, index: Option<u64>, entries: Vec<Entry>, after_gap: bool) -> bool {
+        let went_back = matches!((index, self.index), (Some(new), Some(old)) if new < old);
+        let may_be_lost = went_back || after_gap;
         self.index = index;
         let mut older = std::mem::take(&mut self.documents);
         for entry in entries.into_iter().take(MAX_DOCUMENTS) {
@@ -187,7 +192,7 @@ impl Store {
             }
             // Consul names each once; of a key that comes twice the last good one counts all the same.
             let document = match older.remove(name).or_else(|| self.documents.remove(name)) {
-                Some(known) if known.modify_index == entry.modify_index && !lost_state => known,
+                Some(known) if known.modify_index == entry.modify_index && !may_be_lost => known,
                 known => {
                     let good = known.and_then(|known| known.good);
                     match self.read(name, &entry) {
@@ -202,20 +207,17 @@ impl Store {
             };
             self.documents.insert(name.to_owned(), document);
         }
-        if lost_state {
-            for (name, mut kept) in older {
-                let text =
-                    "is gone after Consul lost its state; the last one stays until it is written again"
-                        .to_owned();
-                kept.mistakes = vec![mistake(&name, text)];
-                kept.modify_index = 0;
-                self.documents.insert(name, kept);
-            }
-        } else {
-            // What was kept so is missing again, and still not deleted by anybody.
-            self.documents.extend(older.into_iter().filter(|(_, document)| document.modify_index == 0));
+        // What was kept before is missing still, and not deleted by anybody.
+        older.retain(|_, document| document.good.is_some() && (may_be_lost || document.modify_index == 0));
+        let room = MAX_DOCUMENTS.saturating_sub(self.documents.len());
+        for (name, mut kept) in older.into_iter().take(room) {
+            let text = "is gone after an outage, or after Consul lost its state; the last one stays until it is \
+                        written again (then it can be deleted)";
+            kept.mistakes = vec![mistake(&name, text.to_owned())];
+            kept.modify_index = 0;
+            self.documents.insert(name, kept);
         }
-        !lost_state
+        !went_back
     }
 
     fn read(&self, name: &str, entry: &Entry) -> Result<(ServiceName, Arc<Policy>), Vec<Mistake>> {
@@ -302,6 +304,7 @@ mod tests {
         store.take(
             Some(5),
             vec![entry("orders", 5, "retries: {attempts: 1}"), entry("", 1, ""), entry("a/", 1, "")],
+            false,
         );
         assert_eq!(state(&store), (vec![("orders".to_owned(), 1)], Vec::new()));
         let long = "#".repeat(5_000_000);
@@ -310,21 +313,21 @@ mod tests {
             ("", "consul:weft/policies/orders"),
             (&long, "is longer than 1048576 bytes"),
         ] {
-            store.take(Some(6), vec![entry("orders", 6 + text.len() as u64, text)]);
+            store.take(Some(6), vec![entry("orders", 6 + text.len() as u64, text)], false);
             let (attempts, mistakes) = state(&store);
             assert_eq!(attempts, [("orders".to_owned(), 1)]);
             assert!(mistakes.len() == 1 && mistakes[0].contains(words), "{mistakes:?}");
         }
         let broken = Entry { value: Some("%".to_owned()), ..entry("orders", 90, "") };
         let binary = Entry { value: Some(BASE64_STANDARD.encode([0xff])), ..entry("cart", 90, "") };
-        store.take(Some(90), vec![broken, binary, entry("Not A Service", 1, "{}")]);
+        store.take(Some(90), vec![broken, binary, entry("Not A Service", 1, "{}")], false);
         let (_, mistakes) = state(&store);
         for words in ["is no base64", "cart: is not UTF-8", "names no service"] {
             assert!(mistakes.iter().any(|mistake| mistake.contains(words)), "{words}: {mistakes:?}");
         }
-        store.take(Some(91), vec![entry("orders", 91, "retries: {attempts: 3}")]);
+        store.take(Some(91), vec![entry("orders", 91, "retries: {attempts: 3}")], false);
         assert_eq!(state(&store), (vec![("orders".to_owned(), 3)], Vec::new()));
-        assert!(store.take(Some(92), Vec::new()));
+        assert!(store.take(Some(92), Vec::new(), false));
         assert_eq!(state(&store).0, []);
     }
 
@@ -332,16 +335,36 @@ mod tests {
     fn a_consul_that_lost_its_state_takes_no_policy_away() {
         let mut store = store();
         let one = |index| entry("orders", index, "retries: {attempts: 1}");
-        store.take(Some(100), vec![one(5), entry("cart", 6, "retries: {attempts: 2}")]);
-        assert!(!store.take(Some(7), vec![entry("cart", 6, "retries: {attempts: 4}")]));
+        store.take(Some(100), vec![one(5), entry("cart", 6, "retries: {attempts: 2}")], false);
+        assert!(!store.take(Some(7), vec![entry("cart", 6, "retries: {attempts: 4}")], false));
         let (attempts, mistakes) = state(&store);
         assert_eq!(attempts, [("cart".to_owned(), 4), ("orders".to_owned(), 1)]);
         assert!(mistakes.len() == 1 && mistakes[0].contains("orders: is gone after"), "{mistakes:?}");
-        store.take(Some(8), vec![entry("cart", 6, "retries: {attempts: 4}")]);
+        store.take(Some(8), vec![entry("cart", 6, "retries: {attempts: 4}")], false);
         assert_eq!(state(&store).0.len(), 2, "still kept");
-        store.take(Some(9), vec![one(9)]);
+        store.take(Some(9), vec![one(9)], false);
         assert_eq!(state(&store), (vec![("orders".to_owned(), 1)], Vec::new()));
-        store.take(Some(10), Vec::new());
+        store.take(Some(10), Vec::new(), false);
         assert_eq!(state(&store).0, [], "deleted by somebody");
+    }
+
+    #[test]
+    fn nor_does_one_whose_index_has_passed_the_old_one_when_it_answers() {
+        let mut store = store();
+        let entry = |name, index| entry(name, index, "retries: {attempts: 1}");
+        store.take(Some(30), vec![entry("a", 5), entry("b", 6)], false);
+        assert!(store.take(Some(60), vec![entry("a", 50)], true));
+        let (attempts, mistakes) = state(&store);
+        assert_eq!(attempts, [("a".to_owned(), 1), ("b".to_owned(), 1)]);
+        assert!(mistakes.len() == 1 && mistakes[0].contains("b: is gone after"), "{mistakes:?}");
+        store.take(Some(61), vec![entry("a", 50), entry("b", 61)], false);
+        store.take(Some(62), vec![entry("a", 50)], false);
+        assert_eq!(state(&store), (vec![("a".to_owned(), 1)], Vec::new()), "deleted by somebody");
+        // However often it is lost, no more are kept than are read.
+        for round in 0..3 {
+            let many = |number| Entry { key: format!("{POLICIES_PREFIX}s{round}-{number}"), ..entry("", 1) };
+            store.take(Some(70), (0..6_000).map(many).collect(), true);
+        }
+        assert_eq!(store.documents.len(), MAX_DOCUMENTS);
     }
 }
