@@ -8,6 +8,8 @@ mod backoff;
 mod client;
 mod error;
 mod examine;
+#[cfg(test)]
+mod fake;
 mod health;
 mod known;
 mod loss;
@@ -30,7 +32,7 @@ use tokio::{
 };
 
 use self::{
-    error::Error,
+    error::{Error, Kind},
     watch::{News, Watch},
 };
 use super::{
@@ -200,6 +202,10 @@ impl Source {
     }
 
     fn failed(&mut self, name: &ServiceName, error: Error) -> bool {
+        // The agent is well, and this was told once for all services.
+        if error.kind == Kind::WentBack {
+            return false;
+        }
         if error.kind.is_of_the_agent() {
             if self.outage.is_none() {
                 tracing::warn!("{error}; what is known stays in use");

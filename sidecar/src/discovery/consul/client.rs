@@ -272,7 +272,7 @@ impl Client {
                 Err(Error::new(Kind::Unreachable, text))
             })?,
             () = lost, if waiting.is_some() => {
-                return Err(Error::new(Kind::Unavailable, "its index went back; it is asked anew"));
+                return Err(Error::new(Kind::WentBack, "its index went back; it is asked anew"));
             }
         };
         let place = index(&said.head.headers).map(|index| Place { index, agent: at, term: said.term });

@@ -21,6 +21,8 @@ pub enum Kind {
     Unreachable,
     /// An agent answers that it cannot: no leader, no servers, too many requests.
     Unavailable,
+    /// The index that was waited for went back: the same is asked anew.
+    WentBack,
     /// The token may not do this.
     Denied,
     /// There is no such thing (404, and how Consul says it elsewhere).
@@ -37,6 +39,7 @@ impl Kind {
         match self {
             Kind::Unreachable => "unreachable",
             Kind::Unavailable => "unavailable",
+            Kind::WentBack => "went_back",
             Kind::Denied => "denied",
             Kind::NotFound => "not_found",
             Kind::Refused => "refused",

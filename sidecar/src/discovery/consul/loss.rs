@@ -103,6 +103,24 @@ pub(super) async fn look(client: &Client, mut random: fastrand::Rng) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::discovery::consul::{error::Kind, fake};
+
+    #[tokio::test]
+    async fn whoever_waited_does_not_leave_an_agent_that_is_well() {
+        let (client, asked) = fake::client(|_| None).await;
+        let (agent, place) = (client.shown(), Place::of(7));
+        let question = Question::get("/orders?stale".to_owned(), "");
+        let question = question.waiting(place, Duration::from_secs(60), "/orders?".to_owned());
+        let ending = async {
+            while asked.lock().unwrap().is_empty() {
+                tokio::task::yield_now().await;
+            }
+            client.lost(place);
+        };
+        let (answer, ()) = tokio::join!(client.ask(&question), ending);
+        assert_eq!(answer.unwrap_err().kind, Kind::WentBack);
+        assert_eq!(client.shown(), agent);
+    }
 
     #[tokio::test]
     async fn whoever_waits_is_found_and_ended() {

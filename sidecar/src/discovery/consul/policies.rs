@@ -91,7 +91,8 @@ pub async fn follow_policies(
                     }
                     Err(error) => {
                         failures = failures.saturating_add(1);
-                        last_error = Some(mistake("", error.text));
+                        // The agent is well where an index went back.
+                        last_error = (error.kind != Kind::WentBack).then(|| mistake("", error.text));
                         (pause(failures, LONGEST, &mut random), None)
                     }
                 };

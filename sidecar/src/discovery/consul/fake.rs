@@ -1,0 +1,58 @@
+//! An agent for tests of this room, in the process and without a Consul: it answers each question as it is told, and
+//! notes what it was asked.
+
+use std::{
+    convert::Infallible,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{Request, Response, body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpListener;
+
+use super::client::Client;
+use crate::{
+    config::{Consul, ConsulAddress, ConsulTls, ConsulToken},
+    telemetry::Metrics,
+};
+
+/// The questions so far: path and query.
+pub(super) type Asked = Arc<Mutex<Vec<String>>>;
+
+/// A client of two agents: the first answers with an index and a body, or never; the second is not there.
+pub(super) async fn client(answer: fn(&str) -> Option<(u64, &'static str)>) -> (Arc<Client>, Asked) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let asked = Asked::default();
+    let notes = asked.clone();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let notes = notes.clone();
+            let service = service_fn(move |request: Request<Incoming>| {
+                let path = request.uri().to_string();
+                let answer = answer(&path);
+                notes.lock().unwrap().push(path);
+                async move {
+                    let Some((index, body)) = answer else { return std::future::pending().await };
+                    let response = Response::builder().header("X-Consul-Index", index);
+                    Ok::<_, Infallible>(
+                        response.body(Full::new(Bytes::from_static(body.as_bytes()))).unwrap(),
+                    )
+                }
+            });
+            tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
+        }
+    });
+    let address = |port| ConsulAddress::Tcp { tls: false, host: "127.0.0.1".to_owned(), port };
+    let settings = Consul {
+        addresses: vec![address(port), address(1)],
+        token: ConsulToken::None,
+        tls: ConsulTls { ca_file: None, client: None, server_name: None, verify: true },
+        ttl: Duration::from_secs(15),
+        deregister_after: Duration::from_secs(60),
+    };
+    (Client::new(&settings, Arc::new(Metrics::new())).unwrap(), asked)
+}
