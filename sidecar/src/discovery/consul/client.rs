@@ -209,13 +209,11 @@ impl Client {
         self.agents.get(self.current.load(Ordering::Relaxed)).map(Agent::shown).unwrap_or_default()
     }
 
-    /// The agent of this place has no such history any more: whoever waits there asks anew.
-    pub(super) fn lost(&self, place: Place) {
+    /// The agent of this place has no such history any more.
+    pub(super) fn begin_term(&self, place: Place) {
         if let Some(agent) = self.agents.get(place.agent) {
-            tracing::warn!("Consul at {}: its index went back; it may have lost its state", agent.shown());
             agent.begin_term();
         }
-        self.waits.end();
     }
 
     /// Asks the agents in turn until one can answer.
@@ -254,8 +252,13 @@ impl Client {
     async fn ask_one(&self, at: usize, question: &Question<'_>) -> Result<Answer, Error> {
         let agent = &self.agents[at];
         let waiting = question.waiting.as_ref().filter(|waiting| waiting.place.agent == at);
-        let _open = waiting.map(|waiting| self.waits.open(&waiting.check, waiting.place));
-        let lost = self.waits.lost();
+        let open = waiting.map(|waiting| self.waits.open(&waiting.check, waiting.place));
+        let lost = async {
+            match &open {
+                Some(open) => open.ended().await,
+                None => std::future::pending().await,
+            }
+        };
         let asking = async {
             let request = match waiting {
                 Some(Waiting { added, place, .. }) => {
@@ -271,7 +274,7 @@ impl Client {
                 let text = format!("no answer within {}", humantime::format_duration(question.patience));
                 Err(Error::new(Kind::Unreachable, text))
             })?,
-            () = lost, if waiting.is_some() => {
+            () = lost => {
                 return Err(Error::new(Kind::WentBack, "its index went back; it is asked anew"));
             }
         };

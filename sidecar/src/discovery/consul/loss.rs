@@ -2,22 +2,20 @@
 //! minutes later. Where the agent itself went, its connections broke, and that is told (see `agent`); where only the
 //! servers behind it lost their state, or an index went back for another reason that Consul's documentation names,
 //! nobody tells. So now and then one of the questions that wait now is asked without waiting, and of the leader: for
-//! its index alone. An index below the one that is waited for ends all of them, as if the agent had failed.
+//! its index alone. An index below the one that is waited for ends all of them. That of the key-value store ends only
+//! the question for the policies: it goes back too where Consul forgets that a key was deleted.
 
 use std::{
     collections::HashMap,
     fmt,
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use tokio::{
-    sync::{Notify, futures::Notified},
-    time::sleep,
-};
+use tokio::{sync::Notify, time::sleep};
 
 use super::{
     backoff::spread,
@@ -27,48 +25,66 @@ use super::{
 /// How often one question is asked so, by a sidecar.
 const PERIOD: Duration = Duration::from_secs(30);
 
+/// How a question of the key-value store begins.
+const STORE: &str = "/v1/kv/";
+
 /// The questions that wait now; as many as there are places for them.
 #[derive(Default)]
 pub(super) struct Waits {
-    open: Mutex<HashMap<u64, (String, Place)>>,
+    open: Mutex<HashMap<u64, Wait>>,
     next: AtomicU64,
-    lost: Notify,
+}
+
+/// One of them.
+struct Wait {
+    /// Asks for its index alone.
+    path: String,
+    place: Place,
+    end: Arc<Notify>,
 }
 
 /// A question that waits. It does so no more when this is dropped.
 pub(super) struct Open<'a> {
     waits: &'a Waits,
     number: u64,
+    end: Arc<Notify>,
 }
 
 impl Waits {
     /// A question begins to wait; `path` asks for its index alone.
     pub(super) fn open(&self, path: &str, place: Place) -> Open<'_> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let end = Arc::new(Notify::new());
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.insert(number, (path.to_owned(), place));
-        Open { waits: self, number }
+        open.insert(number, Wait { path: path.to_owned(), place, end: end.clone() });
+        Open { waits: self, number, end }
     }
 
-    /// Ends when there is nothing to wait for any more, from the call on.
-    pub(super) fn lost(&self) -> Notified<'_> {
-        self.lost.notified()
+    /// Ends all that wait, or only those with this path.
+    fn end(&self, only: Option<&str>) {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let chosen = open.values().filter(|wait| only.is_none_or(|path| wait.path == path));
+        chosen.for_each(|wait| wait.end.notify_one());
     }
 
-    /// Ends all that wait.
-    pub(super) fn end(&self) {
-        self.lost.notify_waiters();
-    }
-
-    /// The one that waits for the highest index, which is missed most surely where all is lost.
+    /// The one that waits for the highest index, which is missed most surely where all is lost; of the services, as
+    /// long as there are any.
     fn highest(&self) -> Option<(String, Place)> {
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.values().max_by_key(|(_, place)| place.index).cloned()
+        let highest = open.values().max_by_key(|wait| (!wait.path.starts_with(STORE), wait.place.index));
+        highest.map(|wait| (wait.path.clone(), wait.place))
     }
 
     fn any(&self, random: &mut fastrand::Rng) -> Option<(String, Place)> {
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        random.choice(open.values()).cloned()
+        random.choice(open.values()).map(|wait| (wait.path.clone(), wait.place))
+    }
+}
+
+impl Open<'_> {
+    /// Comes when there is nothing to wait for any more.
+    pub(super) async fn ended(&self) {
+        self.end.notified().await;
     }
 }
 
@@ -93,15 +109,29 @@ pub(super) async fn look(client: &Client, mut random: fastrand::Rng) {
         let chosen = if is_for_highest { client.waits.highest() } else { client.waits.any(&mut random) };
         let Some((path, waits_from)) = chosen else { continue };
         // Whoever cannot be asked will be missed by others.
-        let Ok(answer) = client.ask(&Question::get(path, "")).await else { continue };
+        let Ok(answer) = client.ask(&Question::get(path.clone(), "")).await else { continue };
         if answer.place.is_some_and(|place| place.is_before(waits_from)) {
-            client.lost(waits_from);
+            lost(client, &path, waits_from);
         }
     }
 }
 
+/// There is no such history any more as this question waits in: whoever waits there asks anew.
+fn lost(client: &Client, path: &str, place: Place) {
+    if path.starts_with(STORE) {
+        tracing::info!("Consul at {}: the index of the policies went back", client.shown());
+        client.waits.end(Some(path));
+        return;
+    }
+    tracing::warn!("Consul at {}: its index went back; it may have lost its state", client.shown());
+    client.begin_term(place);
+    client.waits.end(None);
+}
+
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+
     use super::*;
     use crate::discovery::consul::{error::Kind, fake};
 
@@ -115,7 +145,7 @@ mod tests {
             while asked.lock().unwrap().is_empty() {
                 tokio::task::yield_now().await;
             }
-            client.lost(place);
+            lost(&client, "/orders?", place);
         };
         let (answer, ()) = tokio::join!(client.ask(&question), ending);
         assert_eq!(answer.unwrap_err().kind, Kind::WentBack);
@@ -123,17 +153,35 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_index_of_the_store_ends_the_wait_for_policies_alone() {
+        let (client, _) = fake::client(|_| None).await;
+        let (store, place) = ("/v1/kv/weft/policies/?keys", Place::of(9));
+        let of_service = client.waits.open("/orders?", Place::of(7));
+        let of_policies = client.waits.open(store, place);
+        lost(&client, store, place);
+        of_policies.ended().await;
+        let mut waiting = std::pin::pin!(of_service.ended());
+        assert!(waiting.as_mut().now_or_never().is_none(), "the service is not asked anew");
+        lost(&client, "/orders?", place);
+        waiting.await;
+    }
+
+    #[tokio::test]
     async fn whoever_waits_is_found_and_ended() {
         let (waits, mut random) = (Waits::default(), fastrand::Rng::with_seed(1));
         assert_eq!(waits.any(&mut random), None);
         let open = [5, 7, 6].map(|index| waits.open("/orders", Place::of(index)));
+        let of_policies = waits.open("/v1/kv/weft/policies/?keys", Place::of(9));
         assert_eq!(waits.highest(), Some(("/orders".to_owned(), Place::of(7))));
         assert!(waits.any(&mut random).is_some());
         // Also where it ends before anybody looks.
-        let lost = waits.lost();
-        waits.end();
-        lost.await;
+        waits.end(None);
+        for one in open.iter().chain([&of_policies]) {
+            one.ended().await;
+        }
         drop(open);
+        assert_eq!(waits.highest(), Some(("/v1/kv/weft/policies/?keys".to_owned(), Place::of(9))));
+        drop(of_policies);
         assert_eq!(waits.any(&mut random), None);
         assert!(Place::of(6).is_before(Place::of(7)) && !Place::of(7).is_before(Place::of(7)));
     }
