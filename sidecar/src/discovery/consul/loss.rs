@@ -1,9 +1,10 @@
 //! Has Consul lost what it knew? A question that waits for an index of before would wait until its time is over,
 //! minutes later. Where the agent itself went, its connections broke, and that is told (see `agent`); where only the
 //! servers behind it lost their state, or an index went back for another reason that Consul's documentation names,
-//! nobody tells. So now and then one of the questions that wait now is asked without waiting, and of the leader: for
-//! its index alone. An index below the one that is waited for ends all of them. That of the key-value store ends only
-//! the question for the policies: it goes back too where Consul forgets that a key was deleted.
+//! nobody tells. So now and then one of the questions that wait now is asked without waiting, for its index alone: of
+//! the leader, then of any server, for servers may differ (Consul's issue 7939). Two indices below the one that is
+//! waited for end all of them. Those of the key-value store end only the question for the policies: they go back too
+//! where Consul forgets that a key was deleted.
 
 use std::{
     collections::HashMap,
@@ -15,7 +16,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::Notify, time::sleep};
+use tokio::{
+    sync::Notify,
+    time::{Instant, sleep},
+};
 
 use super::{
     backoff::spread,
@@ -24,6 +28,9 @@ use super::{
 
 /// How often one question is asked so, by a sidecar.
 const PERIOD: Duration = Duration::from_secs(30);
+
+/// Servers that go on differing are told of no more often; by then a question that waits has ended by itself.
+const QUIET: Duration = Duration::from_secs(600);
 
 /// How a question of the key-value store begins.
 const STORE: &str = "/v1/kv/";
@@ -102,17 +109,41 @@ impl fmt::Debug for Waits {
 
 /// Looks now and then, without an end.
 pub(super) async fn look(client: &Client, mut random: fastrand::Rng) {
-    let mut is_for_highest = false;
+    let (mut is_for_highest, mut told) = (false, Told::default());
     loop {
         sleep(spread(PERIOD, &mut random)).await;
         is_for_highest = !is_for_highest;
         let chosen = if is_for_highest { client.waits.highest() } else { client.waits.any(&mut random) };
         let Some((path, waits_from)) = chosen else { continue };
-        // Whoever cannot be asked will be missed by others.
-        let Ok(answer) = client.ask(&Question::get(path.clone(), "")).await else { continue };
-        if answer.place.is_some_and(|place| place.is_before(waits_from)) {
+        if went_back(client, &path, waits_from).await && told.is_new(&path, waits_from, Instant::now()) {
             lost(client, &path, waits_from);
         }
+    }
+}
+
+/// Do the leader and another server (as a rule) both say a lower index?
+async fn went_back(client: &Client, path: &str, waits_from: Place) -> bool {
+    for path in [path.to_owned(), format!("{path}&stale")] {
+        // Whoever cannot be asked will be missed by others.
+        let Ok(answer) = client.ask(&Question::get(path, "")).await else { return false };
+        if !answer.place.is_some_and(|place| place.is_before(waits_from)) {
+            return false;
+        }
+    }
+    true
+}
+
+/// What was told lately: path and index. One alarm at most is added in each period.
+#[derive(Default)]
+struct Told(HashMap<(String, u64), Instant>);
+
+impl Told {
+    fn is_new(&mut self, path: &str, place: Place, now: Instant) -> bool {
+        self.0.retain(|_, then| now.duration_since(*then) < QUIET);
+        let key = (path.to_owned(), place.index);
+        let is_new = !self.0.contains_key(&key);
+        self.0.entry(key).or_insert(now);
+        is_new
     }
 }
 
@@ -164,6 +195,31 @@ mod tests {
         assert!(waiting.as_mut().now_or_never().is_none(), "the service is not asked anew");
         lost(&client, "/orders?", place);
         waiting.await;
+    }
+
+    #[tokio::test]
+    async fn servers_that_differ_are_no_loss() {
+        let (client, asked) = fake::client(|path| match path {
+            "/v1/health/service/lost?a" | "/v1/health/service/lost?a&stale" => Some((5, "[]")),
+            "/v1/health/service/differs?a" => Some((5, "[]")),
+            _ => Some((7, "[]")),
+        })
+        .await;
+        for (name, expected) in [("lost", true), ("differs", false), ("same", false)] {
+            let path = format!("/v1/health/service/{name}?a");
+            assert_eq!(went_back(&client, &path, Place::of(7)).await, expected, "{name}");
+        }
+        assert_eq!(asked.lock().unwrap().len(), 5);
+    }
+
+    #[test]
+    fn the_same_loss_is_told_once_in_a_while() {
+        let (mut told, start) = (Told::default(), Instant::now());
+        let mut is_new =
+            |path, index, seconds| told.is_new(path, Place::of(index), start + Duration::from_secs(seconds));
+        assert!(is_new("/orders", 7, 0) && is_new("/cart", 7, 30) && is_new("/orders", 8, 60));
+        assert!(!is_new("/orders", 7, 90) && !is_new("/orders", 7, 599));
+        assert!(is_new("/orders", 7, 600));
     }
 
     #[tokio::test]
