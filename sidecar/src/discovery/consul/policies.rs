@@ -16,11 +16,11 @@ use tokio::{
 use weft_proto::names::POLICIES_PREFIX;
 
 use super::{
-    backoff::{LONGEST, pause},
+    backoff::{LONGEST, pause, spread},
     client::{Answer, Client, Place, Question},
     error::{Error, Kind},
     health::explain,
-    watch::{Access, WAIT, denied},
+    watch::{ACL_CHECK, Access, WAIT, denied},
 };
 use crate::{
     config::{
@@ -38,6 +38,8 @@ const MAX_BYTES: usize = 1024 * 1024;
 const MAX_ANSWER: usize = 64 * 1024 * 1024;
 /// Policies that change all the time are read no more often.
 const LEAST_PAUSE: Duration = Duration::from_millis(500);
+/// Where there are none, every change of any other key is an answer, for all sidecars at once.
+const PAUSE_WITHOUT_ANY: Duration = Duration::from_secs(5);
 /// Without an index nothing can be waited for.
 const WITHOUT_INDEX: Duration = Duration::from_secs(10);
 
@@ -77,19 +79,24 @@ pub async fn follow_policies(
     let (mut looked, mut failures, mut last_error) = (Some(looked), 0_u32, None::<Mistake>);
     let (mut has_files, mut last_place) = (true, None::<Place>);
     // It outlives changes of files: a question that is dropped would go on in the agent.
-    let mut looking = Box::pin(look(client.clone(), Instant::now(), None, WAIT));
+    let mut looking = Box::pin(look(client.clone(), Instant::now(), None, WAIT, None));
+    // Until when an answer without documents is believed; none where the last one had some, or failed.
+    let mut believed = None;
     loop {
         tokio::select! {
             found = &mut looking => {
                 let (rest, wait_from) = match found {
-                    Ok((place, entries)) => {
+                    Ok(Found { place, entries, believed: until }) => {
+                        let is_empty_again = entries.is_empty() && believed.is_some();
+                        believed = until;
                         let elsewhere = matches!((place, last_place), (Some(new), Some(old)) if !new.follows(old));
                         let (index, after_gap) = (place.map(|place| place.index), failures > 0 || elsewhere);
                         let is_later = store.take(index, entries, after_gap);
                         (failures, last_error, last_place) = (0, None, place.or(last_place));
-                        (if place.is_some() { LEAST_PAUSE } else { WITHOUT_INDEX }, place.filter(|_| is_later))
+                        (rest_after(place, is_empty_again, &mut random), place.filter(|_| is_later))
                     }
                     Err(error) => {
+                        believed = None;
                         failures = failures.saturating_add(1);
                         // The agent is well where an index went back.
                         last_error = (error.kind != Kind::WentBack).then(|| mistake("", error.text));
@@ -97,7 +104,7 @@ pub async fn follow_policies(
                     }
                 };
                 let wait = WAIT.mul_f64(1.0 - 0.1 * random.f64());
-                looking = Box::pin(look(client.clone(), Instant::now() + rest, wait_from, wait));
+                looking = Box::pin(look(client.clone(), Instant::now() + rest, wait_from, wait, believed));
                 let _ = looked.take().map(|looked| looked.send(()));
             }
             changed = files.changed(), if has_files => has_files = changed.is_ok(),
@@ -121,13 +128,33 @@ pub async fn follow_policies(
     }
 }
 
-/// Asks once, after a rest; with an index it waits for a change. Gives the index of the answer.
+/// The rest after an answer.
+fn rest_after(place: Option<Place>, is_empty_again: bool, random: &mut fastrand::Rng) -> Duration {
+    match (place, is_empty_again) {
+        (None, _) => WITHOUT_INDEX,
+        (Some(_), true) => spread(PAUSE_WITHOUT_ANY, random),
+        (Some(_), false) => LEAST_PAUSE,
+    }
+}
+
+/// What one question found.
+struct Found {
+    /// Of the answer.
+    place: Option<Place>,
+    entries: Vec<Entry>,
+    /// Where there are no documents: until when the next answer without any is believed. None where there are some,
+    /// so that they do not vanish unasked.
+    believed: Option<Instant>,
+}
+
+/// Asks once, after a rest; with an index it waits for a change. `believed`: as found the last time.
 async fn look(
     client: Arc<Client>,
     rest_until: Instant,
     wait_from: Option<Place>,
     wait: Duration,
-) -> Result<(Option<Place>, Vec<Entry>), Error> {
+    believed: Option<Instant>,
+) -> Result<Found, Error> {
     sleep_until(rest_until).await;
     let permission = format!("key:read on `{POLICIES_PREFIX}`");
     let path = format!("/v1/kv/{POLICIES_PREFIX}?recurse&stale");
@@ -137,10 +164,18 @@ async fn look(
     }
     let answer = client.ask(&question).await?;
     let entries = entries(&answer).await?;
-    if entries.is_empty() {
-        check_acl(&client, &answer).await?;
+    if !entries.is_empty() {
+        return Ok(Found { place: answer.place, entries, believed: None });
     }
-    Ok((answer.place, entries))
+    let now = Instant::now();
+    let believed = match believed.filter(|until| now < *until && !answer.is_filtered) {
+        Some(until) => until,
+        None => {
+            check_acl(&client, &answer).await?;
+            now + ACL_CHECK
+        }
+    };
+    Ok(Found { place: answer.place, entries, believed: Some(believed) })
 }
 
 /// Consul hides what an ACL does not allow, and says there is nothing.
@@ -280,6 +315,7 @@ fn mistake(name: &str, text: String) -> Mistake {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::discovery::consul::fake;
 
     fn store() -> Store {
         Store::new(Policy::default())
@@ -297,6 +333,26 @@ mod tests {
             policies.iter().map(|(name, policy)| (name.to_string(), policy.retries.attempts)).collect();
         attempts.sort();
         (attempts, mistakes.iter().map(ToString::to_string).collect())
+    }
+
+    #[tokio::test]
+    async fn while_there_are_none_the_acl_is_asked_for_once_in_a_while() {
+        let (client, asked) = fake::client(|path| match path {
+            "/v1/internal/acl/authorize" => Some((1, "[]")),
+            _ => Some((7, "[]")),
+        })
+        .await;
+        let (mut believed, mut counts, begin) = (None, Vec::new(), Instant::now());
+        for _ in 0..3 {
+            believed = look(client.clone(), begin, None, WAIT, believed).await.unwrap().believed;
+            counts.push(asked.lock().unwrap().iter().filter(|path| path.contains("authorize")).count());
+        }
+        look(client.clone(), begin, None, WAIT, Some(begin)).await.unwrap();
+        counts.push(asked.lock().unwrap().iter().filter(|path| path.contains("authorize")).count());
+        assert_eq!(counts, [1, 1, 1, 2]);
+        let mut random = fastrand::Rng::with_seed(1);
+        assert!(rest_after(Some(Place::of(7)), true, &mut random) >= PAUSE_WITHOUT_ANY);
+        assert_eq!(rest_after(Some(Place::of(7)), false, &mut random), LEAST_PAUSE);
     }
 
     #[test]

@@ -45,7 +45,7 @@ const LONGEST_WITHOUT: Duration = Duration::from_secs(10);
 const IDLE: Duration = Duration::from_secs(300);
 const IDLE_UNREGISTERED: Duration = Duration::from_secs(60);
 /// How often Consul is asked whether an empty answer is one, or an ACL's.
-const ACL_CHECK: Duration = Duration::from_secs(60);
+pub(super) const ACL_CHECK: Duration = Duration::from_secs(60);
 /// A filter that no instance passes: the answer is an index and nothing else.
 const NOBODY: &str = "filter=Service.ID%3D%3D%22%22";
 /// Some 20,000 instances.
