@@ -77,7 +77,6 @@ def parse():
     parser.add_argument("--case", action="append")
     parser.add_argument("--endpoints", type=int, default=10_000)
     parser.add_argument("--binaries", required=True)
-    parser.add_argument("--turns", required=True)
     return parser.parse_args()
 
 
@@ -88,7 +87,7 @@ class Place:
     """A pair of namespaces with a Consul server in one, an agent in the other, and an app beside the agent."""
 
     def __init__(self, machine, number, name, arguments):
-        self.machine, self.name, self.turns = machine, name, arguments.turns
+        self.machine, self.name = machine, name
         self.sidecar = os.path.join(arguments.binaries, "weft-sidecar")
         self.here, self.there = machine.pair(number)
         with self.here.entered(), open("/proc/sys/net/ipv4/ip_local_reserved_ports", "w") as file:
@@ -265,7 +264,10 @@ def endpoints(place, count):
     folder = place.path("turns")
     os.makedirs(folder)
     os.chmod(folder, 0o777)
-    environment = {"LD_PRELOAD": place.turns, "TURNS": folder}
+    library = place.path("turns.so")
+    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "turns.c")
+    run(["cc", "-O2", "-Wall", "-shared", "-fPIC", "-o", library, source])
+    environment = {"LD_PRELOAD": library, "TURNS": folder}
     place.node("small")
     place.register([("small", "small", "small-1", "127.0.0.1", ONE, 100)])
     upstreams = ["--upstream", "127.0.0.1:24000=small", "--upstream", "127.0.0.1:24001=big"]
