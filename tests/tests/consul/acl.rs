@@ -6,7 +6,7 @@ use std::{fs, path::Path};
 use serde_json::json;
 use weft_tests::{Consul, Mesh, can_run, until};
 
-use super::world::{self, app, get, sidecar};
+use super::world::{self, app, endpoints, get, sidecar};
 
 /// The policy that docs/consul.md gives to sidecars that only read.
 fn documented(heading: &str) -> String {
@@ -28,6 +28,7 @@ fn the_documented_policy_suffices_and_a_wrong_token_is_told() {
     let consul = Consul::with_acls(&registry);
     let _app = app(&server, "one", 8080);
     consul.register("orders", "one", &server.ipv4().to_string(), 8080, json!({}));
+    consul.put("weft/policies/orders", "retries: {attempts: 7}");
     let reading = consul.token("weft-sidecar", &documented("### A sidecar that reads"));
     let other = consul.token("other", "node_prefix \"\" { policy = \"read\" }");
     let file = mesh.network.folder().join("token");
@@ -41,6 +42,7 @@ fn the_documented_policy_suffices_and_a_wrong_token_is_told() {
     let flags = ["--consul-token-file", &token_file];
     let sidecar = sidecar(&mesh, &client, "web", &consul.address(), &flags);
     assert_eq!(get(&client, "http://orders/"), "200 one");
+    assert_eq!(endpoints(&client, &sidecar)["orders"]["policy"]["retries"]["attempts"], 7);
 
     // Who may only read cannot register, and is told why; who may write the own service can.
     let own = mesh.network.folder().join("own-token");

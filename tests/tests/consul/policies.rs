@@ -1,16 +1,9 @@
 //! Policies in Consul's key-value store: they apply without a restart, a bad one is refused, and none is lost.
 
-use serde_json::{Value, json};
-use weft_tests::{Consul, Mesh, Pod, Sidecar, can_run, output_of, until};
+use serde_json::json;
+use weft_tests::{Consul, Mesh, can_run, until};
 
-use super::world::{app, get, sidecar};
-
-/// What the admin interface shows of the services that the app called.
-fn endpoints(pod: &Pod, sidecar: &Sidecar) -> Value {
-    let mut curl = pod.command("curl");
-    curl.arg("--unix-socket").arg(sidecar.socket()).args(["-s", "-m", "5", "http://sidecar/endpoints"]);
-    serde_json::from_str(&output_of(curl)).expect("JSON of the admin interface")
-}
+use super::world::{app, endpoints, get, sidecar};
 
 #[test]
 fn policies_are_followed_and_the_last_good_one_stays() {

@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt, time::Duration};
 
+use serde_json::Value;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::time::Instant;
 use weft_tests::{Consul, Mesh, Pod, Process, Sidecar, output_of, pause, until};
@@ -64,6 +65,13 @@ pub fn get(pod: &Pod, url: &str) -> String {
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
     let status = head.split_whitespace().nth(1).unwrap_or_default();
     format!("{status} {}", body.trim())
+}
+
+/// What the admin interface shows of the services that the app called.
+pub fn endpoints(pod: &Pod, sidecar: &Sidecar) -> Value {
+    let mut curl = pod.command("curl");
+    curl.arg("--unix-socket").arg(sidecar.socket()).args(["-s", "-m", "5", "http://sidecar/endpoints"]);
+    serde_json::from_str(&output_of(curl)).expect("JSON of the admin interface")
 }
 
 /// Three servers, and an agent beside the apps of a host.
