@@ -151,15 +151,17 @@ async fn get(stream: tokio::net::TcpStream, path: &str) -> Result<()> {
         .header("user-agent", "weft-sidecar")
         .body(Empty::<Bytes>::new())?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-    let asking = async move { sender.send_request(request).await };
-    // The connection is driven until the head of the answer is there; its body does not matter.
-    let status = tokio::select! {
-        answer = asking => answer?.status(),
+    let mut asking = std::pin::pin!(sender.send_request(request));
+    // The connection is driven until the head of the answer is there; its body does not matter. It may end with the
+    // answer, or without one.
+    let answer = tokio::select! {
+        answer = &mut asking => answer,
         ended = connection => {
             ended?;
-            bail!("it closes the connection without an answer");
+            asking.await
         }
     };
+    let status = answer.context("it closes the connection without an answer")?.status();
     if status.as_u16() >= 400 {
         bail!("it answers {path} with {status}");
     }

@@ -3,9 +3,9 @@
 use std::fs;
 
 use serde_json::Value;
-use weft_tests::{Consul, Mesh, Pod, can_run, program, until};
+use weft_tests::{Consul, Mesh, Pod, Process, can_run, program, until};
 
-use super::world::{app, sidecar};
+use super::world::{app, get, sidecar};
 
 /// What `check` says of these subjects: outcome and detail.
 fn check(mesh: &Mesh, pod: &Pod, flags: &[&str]) -> Vec<(String, String)> {
@@ -22,6 +22,33 @@ fn check(mesh: &Mesh, pod: &Pod, flags: &[&str]) -> Vec<(String, String)> {
         (word("outcome"), format!("{}: {}", word("subject"), word("detail")))
     };
     findings.as_array().into_iter().flatten().map(of).collect()
+}
+
+/// A relay to Consul at 127.0.0.1:8501 in this pod, on whose answers it is the year 2100.
+fn from_the_future(pod: &Pod, consul: &Consul) -> Process {
+    const PROGRAM: &str = "
+import re, socket, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+host, port = sys.argv[1].removeprefix('http://').split(':')
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = self.rfile.read(int(self.headers.get('Content-Length', 0)))
+        with socket.create_connection((host, int(port)), timeout=10) as consul:
+            head = f'{self.command} {self.path} HTTP/1.1\\r\\nHost: consul\\r\\nConnection: close\\r\\n'
+            consul.sendall(f'{head}Content-Length: {len(body)}\\r\\n\\r\\n'.encode() + body)
+            answer = b''.join(iter(lambda: consul.recv(65536), b''))
+        self.wfile.write(re.sub(rb'\\r\\nDate: [^\\r]*', b'\\r\\nDate: Fri, 01 Jan 2100 00:00:00 GMT', answer, count=1))
+        self.close_connection = True
+    do_PUT = do_POST = do_GET
+    def log_message(self, *_):
+        pass
+server = ThreadingHTTPServer(('127.0.0.1', 8501), Handler)
+print('serving', flush=True)
+server.serve_forever()
+";
+    let mut relay = pod.start("python3", &["-c", PROGRAM, &consul.address()]);
+    relay.wait_for_line("serving");
+    relay
 }
 
 fn expect(findings: &[(String, String)], outcome: &str, words: &[&str]) {
@@ -59,6 +86,10 @@ fn every_mistake_with_consul_is_named_with_the_next_step() {
     expect(&unguarded, "shown", &["clock: it agrees"]);
     expect(&unguarded, "unknown", &["registration of `orders`", "no sidecar with these settings runs"]);
 
+    let _relay = from_the_future(&server, &consul);
+    let late = check(&mesh, &server, &["--consul", "127.0.0.1:8501"]);
+    expect(&late, "wrong", &["clock: Consul's is ", " seconds ahead of ours", "NTP"]);
+
     let consul = Consul::with_acls(&guarded);
     let token = mesh.network.folder().join("check-token");
     let file = token.display().to_string();
@@ -82,6 +113,11 @@ fn every_mistake_with_consul_is_named_with_the_next_step() {
     let good = check(&mesh, &server, &flags);
     expect(&good, "shown", &["all that a sidecar needs is allowed"]);
     expect(&good, "shown", &["registration of `orders`", "`orders-one` is registered as spiffe://"]);
+    expect(&good, "shown", &["strict mutual TLS", "met no plaintext caller"]);
+
+    assert_eq!(get(&open, &format!("http://{}:8080/", server.ipv4())), "200 one");
+    let caller = format!("it would refuse {}", open.ipv4());
+    expect(&check(&mesh, &server, &flags), "unknown", &["strict mutual TLS", &caller]);
 
     // Somebody registers another identity over it.
     let meta = serde_json::json!({"Meta": {"weft-identity": "spiffe://weft.test/ns/default/sa/other"}});

@@ -1,6 +1,8 @@
 //! Workloads that register themselves: found, called with the identity they registered, out when they die, back
 //! when Consul forgot them, and gone first in a drain.
 
+use std::fs;
+
 use nix::sys::signal::Signal;
 use weft_tests::{Consul, Mesh, Pod, Sidecar, can_run, identity, until};
 
@@ -78,4 +80,39 @@ fn a_workload_registers_itself_and_stays_true() {
     until("it has left the registry", || {
         consul.ask("GET", "/v1/health/service/orders", None).unwrap() == serde_json::json!([])
     });
+}
+
+#[test]
+fn what_a_probe_asks_decides_who_is_called() {
+    if !can_run(&Consul::NEEDS) {
+        return;
+    }
+    let mesh = Mesh::new();
+    let (asked, trusted) = (mesh.network.pod("asked"), mesh.network.pod("trusted"));
+    let registry = mesh.network.pod("registry");
+    let consul = Consul::dev(&registry, "");
+    let folder = mesh.network.folder().join("pages");
+    fs::create_dir(&folder).unwrap();
+    let page = folder.join("well");
+    fs::write(&page, "").unwrap();
+    let pages = ["-m", "http.server", "8080", "--directory", &folder.display().to_string()];
+    let mut app = asked.start("python3", &pages);
+    let flags = |service, probe| {
+        let flags = ["--port", "8080", "--instance", service, "--publish", "true", "--probe", probe];
+        [&flags[..], &["--probe-interval", "200ms"]].concat()
+    };
+    let address = consul.address();
+    let _asked = sidecar(&mesh, &asked, "asked", &address, &flags("asked", "http:/well"));
+    until("it is well", || consul.passing("asked").len() == 1);
+    fs::remove_file(&page).unwrap();
+    until("a status of 404 is heard", || consul.passing("asked").is_empty());
+    fs::write(&page, "").unwrap();
+    until("it is well again", || consul.passing("asked").len() == 1);
+    app.signal(Signal::SIGKILL);
+    app.wait();
+    until("an app that is gone is heard", || consul.passing("asked").is_empty());
+
+    // Nobody listens there, and nobody asks.
+    let _trusted = sidecar(&mesh, &trusted, "trusted", &address, &flags("trusted", "none"));
+    until("it is called well", || consul.passing("trusted").len() == 1);
 }
