@@ -185,7 +185,7 @@ pub(super) fn client_config(
 
 /// The one crypto library, passed on explicitly: no process-wide default. AES-128 comes first (RFC 8446 9.1: the suite
 /// that everyone has): with SHA-256, which processors compute themselves, a handshake is cheaper than with AES-256 and
-/// SHA-384, and so is each byte.
+/// SHA-384.
 pub(super) fn provider() -> Arc<CryptoProvider> {
     let mut provider = rustls::crypto::aws_lc_rs::default_provider();
     // The client's order decides.
