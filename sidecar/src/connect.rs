@@ -4,6 +4,7 @@
 
 mod connector;
 mod failure;
+mod http2;
 mod idle;
 mod pool;
 mod standing;

@@ -4,6 +4,7 @@
 pub mod body;
 pub mod headers;
 mod observe;
+mod received;
 mod replay;
 mod respond;
 mod server;

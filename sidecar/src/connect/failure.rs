@@ -1,4 +1,4 @@
-//! What hyper's errors mean for a call: which failure, and is it certain that nothing was processed?
+//! What the errors of hyper and h2 mean for a call: which failure, and is it certain that nothing was processed?
 
 use std::{error::Error, io};
 
@@ -25,45 +25,49 @@ impl From<Failed> for SendFailed {
 }
 
 impl SendFailed {
-    /// `unsent`: hyper gave the request back.
+    /// A call on an HTTP/1 connection failed. `unsent`: hyper gave the request back.
     pub(super) fn from_hyper(error: &hyper::Error, unsent: bool) -> Self {
-        let detail = describe(error);
-        let (failure, nothing_processed) = match http2_error(error) {
-            // RFC 9113 8.7: both prove that the stream was not processed. A sidecar refuses a stream when its
-            // app refuses connections.
-            Some(http2) if http2.reason() == Some(Reason::REFUSED_STREAM) && http2.is_remote() => {
-                (Failure::AppRefused, true)
-            }
-            Some(http2) if http2.is_go_away() && http2.is_remote() => (Failure::Reset, true),
-            // TLS 1.3: the far side's verdict on our certificate comes after we thought the handshake done.
-            _ if io_error(error).is_some_and(tls::refused_by_peer) => (Failure::Handshake, true),
-            _ if unsent => (Failure::Reset, true),
+        let io = causes(error).find_map(|cause| cause.downcast_ref());
+        let (failure, nothing_processed) = match io {
+            _ if unsent || io.is_some_and(tls::refused_by_peer) => unprocessed(io),
             _ if error.is_parse() => (Failure::BadResponse, false),
             _ if error.is_user() => (Failure::ClientGone, false),
             _ => (Failure::Reset, false),
         };
+        let detail = match error.source() {
+            Some(source) => format!("{error}: {source}"),
+            None => error.to_string(),
+        };
         SendFailed { failed: Failed::new(failure, detail), nothing_processed }
+    }
+
+    /// A call on an HTTP/2 connection failed. `unsent`: its stream was never made.
+    pub(super) fn from_http2(error: &h2::Error, unsent: bool) -> Self {
+        let io = error.get_io();
+        let (failure, nothing_processed) = match error.reason() {
+            // RFC 9113 8.7: both prove that the stream was not processed. A sidecar refuses a stream when its
+            // app refuses connections.
+            Some(Reason::REFUSED_STREAM) if error.is_remote() => (Failure::AppRefused, true),
+            _ if error.is_go_away() && error.is_remote() => (Failure::Reset, true),
+            _ if unsent || io.is_some_and(tls::refused_by_peer) => unprocessed(io),
+            _ => (Failure::Reset, false),
+        };
+        SendFailed { failed: Failed::new(failure, format!("HTTP/2: {error}")), nothing_processed }
     }
 }
 
-fn http2_error(error: &hyper::Error) -> Option<&h2::Error> {
+/// TLS 1.3: the far side's verdict on our certificate comes after we thought the handshake done.
+fn unprocessed(io: Option<&io::Error>) -> (Failure, bool) {
+    let refused = io.is_some_and(tls::refused_by_peer);
+    (if refused { Failure::Handshake } else { Failure::Reset }, true)
+}
+
+/// The error of HTTP/2 that is the reason of this one.
+pub(super) fn http2_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a h2::Error> {
     causes(error).find_map(|cause| cause.downcast_ref())
 }
 
-fn io_error(error: &hyper::Error) -> Option<&io::Error> {
-    causes(error).find_map(|cause| match cause.downcast_ref::<h2::Error>() {
-        Some(http2) => http2.get_io(),
-        None => cause.downcast_ref(),
-    })
-}
-
-fn causes(error: &hyper::Error) -> impl Iterator<Item = &(dyn Error + 'static)> {
-    std::iter::successors(error.source(), |&cause| cause.source())
-}
-
-fn describe(error: &hyper::Error) -> String {
-    match error.source() {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
-    }
+/// An error and what it comes from.
+fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    std::iter::successors(Some(error), |&cause| cause.source())
 }

@@ -13,13 +13,12 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use fnv::FnvHasher;
-use hyper::{
-    Request, Response,
-    body::Incoming,
-    client::conn::{http1, http2},
-};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use futures_util::{FutureExt, future};
+use h2::client::SendRequest;
+use hyper::{Request, Response, client::conn::http1};
+use hyper_util::rt::TokioIo;
 use tokio::{
     sync::watch,
     time::{Instant, timeout},
@@ -28,8 +27,9 @@ use weft_proto::spiffe::SpiffeId;
 
 use super::{
     Connector, Secured, SendFailed,
+    http2::{self, STREAMS, handshake, is_open, silence},
     idle::idle_limit,
-    standing::{Standing, Tasks},
+    standing::Standing,
 };
 use crate::{
     http::Body,
@@ -66,14 +66,6 @@ pub enum Security {
     Mesh(Arc<[SpiffeId]>),
 }
 
-/// Streams on one HTTP/2 connection; the far side's connection window holds as many full stream windows.
-const STREAMS_PER_CONNECTION: usize = 100;
-/// Bytes a peer may send on one stream before the reader has taken them.
-const STREAM_WINDOW: u32 = 256 * 1024;
-/// Bytes of an answer's header fields (hyper's own bound of 16 KiB is less than apps send).
-const HEADER_LIST: u32 = 256 * 1024;
-/// Bytes of a request's body that wait for its stream's window.
-const SEND_BUFFER: usize = 128 * 1024;
 /// Bytes read at a time from an HTTP/1 server, and so the longest head of its answers.
 const HTTP1_BUFFER: usize = 128 * 1024;
 /// Connections to one key; past it a call is refused rather than queued without bound.
@@ -84,9 +76,6 @@ const JUST_USED: Duration = Duration::from_millis(100);
 /// anew; there are never more than requests at a time. The youngest are used first, so those that are too many grow
 /// old and are closed.
 const IDLE_PER_KEY: usize = 16_384;
-/// A silent HTTP/2 peer with open streams is asked whether it lives after this long.
-const PING_AFTER: Duration = Duration::from_secs(10);
-const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The connections of one worker.
 pub struct Pool {
@@ -107,10 +96,10 @@ struct Shelf {
 }
 
 struct Http2 {
-    sender: http2::SendRequest<Body>,
+    sender: SendRequest<Bytes>,
     peer: Option<VerifiedPeer>,
     standing: Standing,
-    streams: AtomicUsize,
+    streams: Arc<AtomicUsize>,
     idle_since: Mutex<Instant>,
 }
 
@@ -138,7 +127,10 @@ enum Connection {
 }
 
 /// One stream of an HTTP/2 connection; gives its place back when dropped.
-struct Http2Stream(Arc<Http2>);
+struct Http2Stream {
+    connection: Arc<Http2>,
+    sender: SendRequest<Bytes>,
+}
 
 /// Keeps a connection in use until the answer's body has ended.
 pub struct InUse {
@@ -227,22 +219,16 @@ impl Pool {
             let heard = timeout(limit, tls::first_bytes(&mut stream)).await;
             heard.map_err(|_| silent(key.address))?.map_err(|error| refused(key.address, &error))?;
         }
-        let tasks = Tasks::default();
-        let (sender, driver) = http2_builder(tasks.clone())
-            .handshake(TokioIo::new(stream))
-            .await
-            .map_err(|error| SendFailed::from_hyper(&error, true).failed)?;
-        let standing = Standing::default();
+        let read = stream.count_reads();
+        let (sender, driver, pings) = handshake(stream).await.map_err(|failed| failed.failed)?;
+        let (standing, streams) = (Standing::default(), Arc::new(AtomicUsize::new(0)));
+        let address = key.address;
+        let dead = silence(pings, read, streams.clone())
+            .map(move |()| Failed::new(Failure::Reset, format!("{address}: silent, with calls under way")));
         let open = self.metrics.pool_connection(Protocol::Http2);
-        let driving = standing.clone().drive(driver, peer.clone(), self.connector.clone(), tasks, Some(open));
+        let driving = standing.clone().drive(driver, peer.clone(), self.connector.clone(), dead, Some(open));
         tokio::spawn(driving);
-        Ok(Arc::new(Http2 {
-            sender,
-            peer,
-            standing,
-            streams: AtomicUsize::new(0),
-            idle_since: Mutex::new(Instant::now()),
-        }))
+        Ok(Arc::new(Http2 { sender, peer, standing, streams, idle_since: Mutex::new(Instant::now()) }))
     }
 
     async fn lend_http1(self: &Arc<Self>, key: &Key, limit: Duration) -> Result<Lease> {
@@ -356,21 +342,8 @@ async fn open_http1(
         .map_err(|error| SendFailed::from_hyper(&error, true).failed)?;
     let standing = Standing::default();
     let (driver, connector) = (driver.with_upgrades(), connector.clone());
-    tokio::spawn(standing.clone().drive(driver, peer.clone(), connector, Tasks::default(), open));
+    tokio::spawn(standing.clone().drive(driver, peer.clone(), connector, future::pending(), open));
     Ok(Http1 { sender, peer, standing })
-}
-
-fn http2_builder(tasks: Tasks) -> http2::Builder<Tasks> {
-    let mut builder = http2::Builder::new(tasks);
-    builder
-        .timer(TokioTimer::new())
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(STREAM_WINDOW * STREAMS_PER_CONNECTION as u32)
-        .max_header_list_size(HEADER_LIST)
-        .max_send_buf_size(SEND_BUFFER)
-        .keep_alive_interval(PING_AFTER)
-        .keep_alive_timeout(PING_TIMEOUT);
-    builder
 }
 
 impl Shelf {
@@ -388,7 +361,7 @@ impl Http1 {
 
 impl Http2 {
     fn is_usable(&self) -> bool {
-        !self.standing.is_retired() && !self.sender.is_closed()
+        !self.standing.is_retired()
     }
 
     /// For how long no call has used it; none while one does.
@@ -401,18 +374,22 @@ impl Http2 {
 impl Http2Stream {
     fn take(connection: &Arc<Http2>) -> Option<Self> {
         // Only this worker takes streams of this connection, so that load and add need not be one step.
-        if connection.streams.load(Ordering::Relaxed) >= STREAMS_PER_CONNECTION {
+        if connection.streams.load(Ordering::Relaxed) >= STREAMS {
             return None;
         }
-        connection.streams.fetch_add(1, Ordering::Relaxed);
-        Some(Http2Stream(connection.clone()))
+        let mut sender = connection.sender.clone();
+        is_open(&mut sender).then(|| {
+            connection.streams.fetch_add(1, Ordering::Relaxed);
+            Http2Stream { connection: connection.clone(), sender }
+        })
     }
 }
 
 impl Drop for Http2Stream {
     fn drop(&mut self) {
-        if self.0.streams.fetch_sub(1, Ordering::Relaxed) == 1 {
-            *self.0.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        let connection = &self.connection;
+        if connection.streams.fetch_sub(1, Ordering::Relaxed) == 1 {
+            *connection.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         }
     }
 }
@@ -426,27 +403,35 @@ impl Lease {
     pub async fn send(
         self,
         request: Request<Body>,
-    ) -> std::result::Result<(Response<Incoming>, InUse), SendFailed> {
+    ) -> std::result::Result<(Response<Body>, InUse), SendFailed> {
         let mut in_use = InUse { connection: self.connection };
-        let standing = in_use.standing().clone();
-        let failed = |error: hyper::client::conn::TrySendError<Request<Body>>| match standing.cut() {
-            // Whatever it was doing when we cut it, it may have done.
-            Some(reason) => SendFailed { failed: reason.clone(), nothing_processed: false },
-            None => SendFailed::from_hyper(error.error(), error.message().is_some()),
-        };
         let sent = match &mut in_use.connection {
-            Connection::Http2(stream) => stream.0.sender.clone().try_send_request(request).await,
-            Connection::Http1(http1, _) => http1.sender.try_send_request(request).await,
+            Connection::Http2(stream) => http2::send(&mut stream.sender, request).await,
+            Connection::Http1(http1, _) => send_http1(http1, request).await,
         };
-        Ok((sent.map_err(failed)?, in_use))
+        match (sent, in_use.cut()) {
+            (Ok(response), _) => Ok((response, in_use)),
+            // Whatever it was doing when we cut it, it may have done.
+            (Err(_), Some(reason)) => Err(SendFailed { failed: reason.clone(), nothing_processed: false }),
+            (Err(failed), None) => Err(failed),
+        }
     }
+}
+
+async fn send_http1(
+    http1: &mut Http1,
+    request: Request<Body>,
+) -> std::result::Result<Response<Body>, SendFailed> {
+    let sent = http1.sender.try_send_request(request).await;
+    let response = sent.map_err(|error| SendFailed::from_hyper(error.error(), error.message().is_some()))?;
+    Ok(response.map(Body::from))
 }
 
 impl InUse {
     /// Who proved to be there; none in plaintext.
     pub fn peer(&self) -> Option<&VerifiedPeer> {
         match &self.connection {
-            Connection::Http2(stream) => stream.0.peer.as_ref(),
+            Connection::Http2(stream) => stream.connection.peer.as_ref(),
             Connection::Http1(connection, _) => connection.peer.as_ref(),
         }
     }
@@ -458,7 +443,7 @@ impl InUse {
 
     fn standing(&self) -> &Standing {
         match &self.connection {
-            Connection::Http2(stream) => &stream.0.standing,
+            Connection::Http2(stream) => &stream.connection.standing,
             Connection::Http1(connection, _) => &connection.standing,
         }
     }

@@ -5,23 +5,21 @@ use std::{
     error::Error,
     future::Future,
     sync::{
-        Arc, OnceLock,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
-
-use futures_util::{
-    FutureExt,
-    future::{self, Either},
-};
-use tokio::task::AbortHandle;
 
 use super::{Connector, trust_ended, trust_is_over};
 use crate::{
     model::Failed,
     telemetry::{Cut, OpenConnection},
     tls::VerifiedPeer,
+};
+use futures_util::{
+    FutureExt,
+    future::{self, Either},
 };
 
 /// New calls leave a connection this long before its peer's certificate ends.
@@ -34,13 +32,8 @@ pub(super) struct Standing {
     cut: Cut,
 }
 
-/// Runs what hyper spawns for one HTTP/2 connection. The first of it is the connection itself, which hyper would
-/// keep until its last stream has ended.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Tasks(Arc<OnceLock<AbortHandle>>);
-
 impl Standing {
-    /// It takes no further calls.
+    /// It takes no further calls, or has ended.
     pub(super) fn is_retired(&self) -> bool {
         self.retired.load(Ordering::Relaxed)
     }
@@ -50,55 +43,42 @@ impl Standing {
         self.cut.reason()
     }
 
-    /// Drives a connection to its end, or until it is cut; it counts as `open` until then. `tasks` are those of an
-    /// HTTP/2 connection. Not an async function: that would keep room for the driver twice.
+    /// Drives a connection to its end, or until it is cut, which is also when `dead` says why; it counts as `open` until
+    /// then. Not an async function: that would keep room for the driver twice.
     pub(super) fn drive<Broken: Error>(
         self,
         driver: impl Future<Output = Result<(), Broken>> + Unpin,
         peer: Option<VerifiedPeer>,
         connector: Connector,
-        tasks: Tasks,
+        dead: impl Future<Output = Failed>,
         open: Option<OpenConnection>,
     ) -> impl Future<Output = ()> {
+        let retired = self.retired.clone();
         let over = async move {
-            let Some(peer) = &peer else { return std::future::pending().await };
-            trust_ended(peer, connector.credentials().clone(), RETIRE_AHEAD).await;
-            self.retired.store(true, Ordering::Relaxed);
-            trust_ended(peer, connector.credentials().clone(), Duration::ZERO).await;
-            tokio::time::sleep(connector.drain_timeout()).await;
-            // Said before the streams hear of it.
-            self.cut.because(trust_is_over(peer));
+            let trust_over = self.trust_is_over(peer.as_ref(), &connector);
+            let why = tokio::select! {
+                why = trust_over => why,
+                why = dead => why,
+            };
+            // Said before the streams hear of it, which is when the driver is dropped.
+            self.cut.because(why);
         };
         future::select(driver, Box::pin(over)).map(move |ended| {
-            match ended {
-                Either::Left((ended, _)) => log(ended),
-                Either::Right(_) => tasks.abort_connection(),
+            retired.store(true, Ordering::Relaxed);
+            if let Either::Left((Err(error), _)) = ended {
+                tracing::debug!(%error, "a connection to a server broke");
             }
             drop(open);
         })
     }
-}
 
-fn log<Broken: Error>(ended: Result<(), Broken>) {
-    if let Err(error) = ended {
-        tracing::debug!(%error, "a connection to a server broke");
-    }
-}
-
-impl Tasks {
-    fn abort_connection(&self) {
-        if let Some(connection) = self.0.get() {
-            connection.abort();
-        }
-    }
-}
-
-impl<Task> hyper::rt::Executor<Task> for Tasks
-where
-    Task: Future<Output: Send> + Send + 'static,
-{
-    fn execute(&self, task: Task) {
-        let task = tokio::spawn(task);
-        self.0.get_or_init(|| task.abort_handle());
+    /// Resolves when what was under way had its time after the trust in the peer ended.
+    async fn trust_is_over(&self, peer: Option<&VerifiedPeer>, connector: &Connector) -> Failed {
+        let Some(peer) = peer else { return future::pending().await };
+        trust_ended(peer, connector.credentials().clone(), RETIRE_AHEAD).await;
+        self.retired.store(true, Ordering::Relaxed);
+        trust_ended(peer, connector.credentials().clone(), Duration::ZERO).await;
+        tokio::time::sleep(connector.drain_timeout()).await;
+        trust_is_over(peer)
     }
 }

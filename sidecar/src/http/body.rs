@@ -8,11 +8,12 @@ use std::{
 };
 
 use bytes::Bytes;
+use h2::RecvStream;
 use http_body::{Frame, SizeHint};
-use hyper::{body::Incoming, header::HeaderMap};
+use hyper::{Response, body::Incoming, header::HeaderMap};
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::{headers::GRPC_STATUS, replay::ReplayBody, streams::InFlight};
+use super::{headers::GRPC_STATUS, received::Received, replay::ReplayBody, streams::InFlight};
 use crate::telemetry::ByteCount;
 
 /// What a body reports when its source fails. A server that gets it cuts the connection or resets the stream,
@@ -37,6 +38,7 @@ enum Source {
     Empty,
     Whole(Bytes),
     Incoming(Incoming),
+    Received(Received),
     Replay(ReplayBody),
 }
 
@@ -71,6 +73,13 @@ impl Body {
     /// Bytes that are all here.
     pub fn whole(bytes: impl Into<Bytes>) -> Self {
         Body::of(Source::Whole(bytes.into()))
+    }
+
+    /// What comes after the head of an answer on an HTTP/2 stream.
+    pub fn received(answer: Response<RecvStream>) -> Response<Self> {
+        let (head, stream) = answer.into_parts();
+        let body = Body::of(Source::Received(Received::new(&head.headers, stream)));
+        Response::from_parts(head, body)
     }
 
     pub(super) fn replay(body: ReplayBody) -> Self {
@@ -147,6 +156,7 @@ impl Source {
                 let polled = http_body::Body::poll_frame(Pin::new(incoming), context);
                 polled.map(|frame| frame.map(|read| read.map_err(Into::into)))
             }
+            Source::Received(received) => received.poll(context),
             Source::Replay(replay) => replay.poll(context),
         }
     }
@@ -156,6 +166,7 @@ impl Source {
             Source::Empty => true,
             Source::Whole(bytes) => bytes.is_empty(),
             Source::Incoming(incoming) => http_body::Body::is_end_stream(incoming),
+            Source::Received(received) => received.is_end(),
             Source::Replay(replay) => replay.is_end(),
         }
     }
@@ -214,6 +225,7 @@ impl http_body::Body for Body {
             Source::Empty => SizeHint::with_exact(0),
             Source::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Source::Incoming(incoming) => http_body::Body::size_hint(incoming),
+            Source::Received(received) => received.size_hint(),
             Source::Replay(replay) => replay.size_hint(),
         }
     }

@@ -4,7 +4,10 @@
 use hyper::{
     Method, Request, Uri, Version,
     header::{self, Entry, HeaderMap, HeaderName, HeaderValue},
-    http::uri::{Authority, Parts, PathAndQuery, Scheme},
+    http::{
+        request,
+        uri::{Authority, Parts, PathAndQuery, Scheme},
+    },
 };
 use weft_proto::names;
 
@@ -164,6 +167,16 @@ fn remove_named_by_connection(headers: &mut HeaderMap) {
         .collect();
     for name in named {
         headers.remove(name);
+    }
+}
+
+/// Says how long the body of an HTTP/2 request is, where that is known and worth saying (RFC 9110 8.6).
+pub fn say_length(head: &mut request::Parts, length: Option<u64>) {
+    let body_is_usual = !matches!(head.method, Method::GET | Method::HEAD | Method::DELETE | Method::CONNECT);
+    if let Some(length) = length.filter(|length| *length > 0 || body_is_usual)
+        && let Entry::Vacant(place) = head.headers.entry(header::CONTENT_LENGTH)
+    {
+        place.insert(length.into());
     }
 }
 

@@ -22,7 +22,7 @@ const ADDED_FIELDS: usize = 16;
 
 /// An answer of the app, and what must be kept until its body has ended.
 struct Answered {
-    response: Response<Incoming>,
+    response: Response<Body>,
     in_use: InUse,
     place: OwnedSemaphorePermit,
     deadline: Option<Instant>,
@@ -121,7 +121,7 @@ impl Inbound {
         request: Request<Body>,
         key: &Key,
         _permit: Permit,
-    ) -> Result<(Response<Incoming>, InUse)> {
+    ) -> Result<(Response<Body>, InUse)> {
         let again = can_repeat(&request).then(|| request_like(&request));
         let lease = self.pool.lend(key, APP_TIMEOUT).await.map_err(as_app)?;
         let reused = lease.reused;
@@ -137,7 +137,7 @@ impl Inbound {
         }
     }
 
-    async fn send_again(&self, request: Request<Body>, key: &Key) -> Result<(Response<Incoming>, InUse)> {
+    async fn send_again(&self, request: Request<Body>, key: &Key) -> Result<(Response<Body>, InUse)> {
         let lease = connect::one_off(&self.connector, key, APP_TIMEOUT).await.map_err(as_app)?;
         lease.send(request).await.map_err(app_failed)
     }
@@ -149,7 +149,7 @@ impl Inbound {
         key: &Key,
         arrival: &Arrival,
         _permit: Permit,
-    ) -> Result<(Response<Incoming>, InUse, bool)> {
+    ) -> Result<(Response<Body>, InUse, bool)> {
         let method = request.method().clone();
         let client = hyper::upgrade::on(&mut request);
         let key = Key { version: HttpVersion::Http1, ..key.clone() };
@@ -194,7 +194,7 @@ fn observed(answered: Answered, mut record: Record) -> Response<Body> {
     }
     headers::remove_ours(&mut head.headers);
     head.version = Version::HTTP_11;
-    let body = Body::from(body).until(deadline).observed(move |ended| {
+    let body = body.until(deadline).observed(move |ended| {
         http::end_answer(&mut record, ended);
         if matches!(ended.how, BodyEnd::Complete) {
             in_use.finished();

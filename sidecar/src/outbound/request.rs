@@ -228,7 +228,7 @@ impl Outbound {
         let key = Key { address: endpoint, security: call.known.security.clone(), version: call.version };
         let lease = self.pool.lend(&key, call.known.policy.timeouts.connect).await?;
         let (response, in_use) = lease.send(request).await?;
-        Ok((response.map(Body::from), Some(in_use)))
+        Ok((response, Some(in_use)))
     }
 
     /// The endpoint is this very workload: the inbound story takes the request without the network.
@@ -292,7 +292,6 @@ impl Outbound {
         if left_http(&method, response.status()) {
             let server = hyper::upgrade::on(&mut response);
             upgrade.agreed(client, server, in_use.peer().cloned());
-            let response = response.map(Body::from);
             return Ok(Answered {
                 response,
                 in_use: Some(in_use),
@@ -301,7 +300,6 @@ impl Outbound {
                 left_http: true,
             });
         }
-        let response = response.map(Body::from);
         Ok(Answered {
             response,
             in_use: Some(in_use),

@@ -1,0 +1,179 @@
+//! Streams against a server of h2, over real sockets.
+
+use h2::server;
+use http_body_util::BodyExt;
+use hyper::{HeaderMap, StatusCode};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::JoinHandle,
+    time::Instant,
+};
+
+use super::*;
+
+type Server = server::Connection<TcpStream, Bytes>;
+type Sent = Result<Response<Body>, SendFailed>;
+
+/// A connection whose client side is driven, and the pings of it.
+async fn connection() -> (SendRequest<Bytes>, Server, PingPong) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (client, server) =
+        tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+    let (sender, driver, pings) = handshake(Stream::from(client.unwrap())).await.unwrap();
+    tokio::spawn(driver);
+    (sender, server::handshake(server.unwrap().0).await.unwrap(), pings)
+}
+
+fn sending(sender: &SendRequest<Bytes>, body: impl Into<Bytes>) -> JoinHandle<Sent> {
+    let request = Request::post("http://orders/").body(Body::whole(body)).unwrap();
+    let mut sender = sender.clone();
+    tokio::spawn(async move { send(&mut sender, request).await })
+}
+
+async fn request(server: &mut Server) -> (Request<h2::RecvStream>, server::SendResponse<Bytes>) {
+    server.accept().await.unwrap().unwrap()
+}
+
+/// Drives the server from here on.
+fn drive(mut server: Server) {
+    tokio::spawn(async move { while server.accept().await.is_some() {} });
+}
+
+async fn read(request: Request<h2::RecvStream>) -> Result<Vec<u8>, h2::Error> {
+    let mut body = request.into_body();
+    let mut read = Vec::new();
+    while let Some(piece) = body.data().await {
+        let piece = piece?;
+        body.flow_control().release_capacity(piece.len())?;
+        read.extend(piece);
+    }
+    Ok(read)
+}
+
+#[tokio::test]
+async fn question_and_answer_with_their_length_and_trailers() {
+    let (sender, mut server, _) = connection().await;
+    let answer = sending(&sender, "question");
+    let (question, mut respond) = request(&mut server).await;
+    drive(server);
+    assert_eq!(question.headers()["content-length"], "8");
+    assert_eq!(read(question).await.unwrap(), b"question");
+    let mut stream = respond.send_response(Response::new(()), false).unwrap();
+    stream.send_data("answer".into(), false).unwrap();
+    let mut trailers = HeaderMap::new();
+    trailers.insert("grpc-status", 0.into());
+    stream.send_trailers(trailers.clone()).unwrap();
+    let answer = answer.await.unwrap().unwrap().into_body().collect().await.unwrap();
+    assert_eq!(answer.trailers(), Some(&trailers));
+    assert_eq!(answer.to_bytes(), "answer");
+}
+
+#[tokio::test]
+async fn a_body_that_is_there_needs_no_task() {
+    let (sender, mut server, _) = connection().await;
+    let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    let answer = sending(&sender, "question");
+    let before = tasks();
+    let (_question, _respond) = request(&mut server).await;
+    assert_eq!(tasks(), before);
+    drop(answer);
+}
+
+#[tokio::test]
+async fn more_than_a_window_holds_arrives_whole() {
+    let (sender, mut server, _) = connection().await;
+    let body: Vec<u8> = (0..1_000_000_u32).map(|number| number as u8).collect();
+    let answer = sending(&sender, body.clone());
+    let (question, mut respond) = request(&mut server).await;
+    drive(server);
+    // The answer begins first: the rest of the question still goes on.
+    respond.send_response(Response::new(()), true).unwrap();
+    assert_eq!(answer.await.unwrap().unwrap().status(), StatusCode::OK);
+    assert!(read(question).await.unwrap() == body);
+}
+
+#[tokio::test]
+async fn a_call_that_is_given_up_resets_its_stream() {
+    let (sender, mut server, _) = connection().await;
+    let answer = sending(&sender, vec![0; 1_000_000]);
+    let (question, _respond) = request(&mut server).await;
+    drive(server);
+    let mut question = question.into_body();
+    let first = question.data().await.unwrap().unwrap();
+    assert!(!first.is_empty());
+    answer.abort();
+    let broken = loop {
+        match question.data().await.expect("an end only by a reset") {
+            Ok(piece) => question.flow_control().release_capacity(piece.len()).unwrap(),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(broken.reason(), Some(Reason::CANCEL));
+}
+
+/// The end of the body of an answer whose stream is reset after its first bytes.
+async fn reset_with(reason: Reason) -> Result<(), BodyError> {
+    let (sender, mut server, _) = connection().await;
+    let answer = sending(&sender, "");
+    let (_question, mut respond) = request(&mut server).await;
+    drive(server);
+    let mut stream = respond.send_response(Response::new(()), false).unwrap();
+    stream.send_data("ans".into(), false).unwrap();
+    let mut body = answer.await.unwrap().unwrap().into_body();
+    assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "ans");
+    stream.send_reset(reason);
+    body.frame().await.map_or(Ok(()), |ended| ended.map(|_| ()))
+}
+
+#[tokio::test]
+async fn an_answer_that_was_cut_is_not_taken_for_whole() {
+    for reason in [Reason::CANCEL, Reason::INTERNAL_ERROR, Reason::REFUSED_STREAM] {
+        assert!(reset_with(reason).await.is_err(), "{reason}");
+    }
+    // RFC 9113 8.1: after the whole answer. h2 does not tell whether the stream had ended.
+    assert!(reset_with(Reason::NO_ERROR).await.is_ok());
+}
+
+#[tokio::test]
+async fn after_a_goaway_it_takes_no_more_streams() {
+    let (mut sender, mut server, _) = connection().await;
+    assert!(is_open(&mut sender));
+    let answer = sending(&sender, "");
+    let (_question, mut respond) = request(&mut server).await;
+    server.graceful_shutdown();
+    drive(server);
+    while is_open(&mut sender.clone()) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let refused = sending(&sender, "").await.unwrap().err().unwrap();
+    assert!(refused.nothing_processed, "{refused:?}");
+    // What was under way goes on.
+    respond.send_response(Response::new(()), true).unwrap();
+    assert_eq!(answer.await.unwrap().unwrap().status(), StatusCode::OK);
+}
+
+#[tokio::test]
+async fn it_ends_when_nobody_holds_a_sender() {
+    let (sender, mut server, _) = connection().await;
+    drop(sender);
+    // An end with GOAWAY, or a reset where something of ours was not read yet.
+    assert!(!matches!(server.accept().await, Some(Ok(_))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_is_silent_only_with_streams_and_without_a_byte() {
+    let (_sender, _never_polled, pings) = connection().await;
+    let (read, streams) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicUsize::new(0)));
+    let watching = silence(pings, read.clone(), streams.clone());
+    tokio::pin!(watching);
+    let quiet = async |time, watching: Pin<&mut _>| timeout(time, watching).await.is_err();
+    assert!(quiet(PING_AFTER * 10, watching.as_mut()).await, "no streams");
+    streams.store(1, Ordering::Relaxed);
+    for _ in 0..10 {
+        read.fetch_add(1, Ordering::Relaxed);
+        assert!(quiet(PING_AFTER, watching.as_mut()).await, "bytes come");
+    }
+    let begin = Instant::now();
+    watching.await;
+    assert!(begin.elapsed() <= PING_AFTER * 2 + PING_TIMEOUT);
+}

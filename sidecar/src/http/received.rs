@@ -1,0 +1,57 @@
+//! The body of an answer that comes on an HTTP/2 stream. What its reader takes is given back to the stream's window.
+
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use h2::{Reason, RecvStream};
+use http_body::{Frame, SizeHint};
+use hyper::{HeaderMap, header::CONTENT_LENGTH};
+
+use super::body::BodyError;
+
+/// What comes on a stream after its head.
+pub(super) struct Received {
+    stream: RecvStream,
+    /// Bytes still to come, where the head said so.
+    left: Option<u64>,
+    data_ended: bool,
+}
+
+impl Received {
+    /// The body after a head with these fields. (h2 refuses a Content-Length that is no number, or not kept.)
+    pub(super) fn new(head: &HeaderMap, stream: RecvStream) -> Self {
+        let said = || head.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok();
+        let left = if stream.is_end_stream() { Some(0) } else { said() };
+        Received { stream, left, data_ended: false }
+    }
+
+    pub(super) fn poll(
+        &mut self,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if !self.data_ended {
+            match ready!(self.stream.poll_data(context)) {
+                Some(Ok(data)) => {
+                    // It fails only where the stream was reset meanwhile and has given all back by itself.
+                    let _ = self.stream.flow_control().release_capacity(data.len());
+                    self.left = self.left.map(|left| left.saturating_sub(data.len() as u64));
+                    return Poll::Ready(Some(Ok(Frame::data(data))));
+                }
+                // RFC 9113 8.1: the answer is complete, and the rest of the request is not wanted.
+                Some(Err(error)) if error.reason() == Some(Reason::NO_ERROR) => return Poll::Ready(None),
+                Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
+                None => self.data_ended = true,
+            }
+        }
+        let trailers = ready!(self.stream.poll_trailers(context));
+        Poll::Ready(trailers.map_err(BodyError::from).transpose().map(|read| read.map(Frame::trailers)))
+    }
+
+    pub(super) fn is_end(&self) -> bool {
+        self.stream.is_end_stream()
+    }
+
+    pub(super) fn size_hint(&self) -> SizeHint {
+        self.left.map_or_else(SizeHint::default, SizeHint::with_exact)
+    }
+}
