@@ -70,26 +70,30 @@ pub(super) fn is_open(sender: &mut SendRequest<Bytes>) -> bool {
     matches!(sender.poll_ready(&mut Context::from_waker(Waker::noop())), Poll::Ready(Ok(())))
 }
 
-/// Sends a request and waits for the head of its answer. Dropped before, it resets the stream.
+/// Begins to send a request at once, then waits for the head of its answer. Dropped before, it resets the stream.
 ///
 /// # Errors
 /// What happened, and whether it is certain that nothing was processed.
-pub(super) async fn send(
+pub(super) fn send(
     sender: &mut SendRequest<Bytes>,
     request: Request<Body>,
-) -> Result<Response<Body>, SendFailed> {
+) -> impl Future<Output = Result<Response<Body>, SendFailed>> + use<> {
     let (mut head, body) = request.into_parts();
     headers::say_length(&mut head, body.size_hint().exact());
-    let is_empty = body.is_end_stream();
-    let (answer, stream) = sender
-        .send_request(Request::from_parts(head, ()), is_empty)
-        .map_err(|error| SendFailed::from_http2(&error, true))?;
-    let upload = if is_empty { None } else { upload(stream, body).await };
-    let answer = answer.await.map_err(|error| SendFailed::from_http2(&error, false))?;
-    if let Some(upload) = upload {
-        upload.goes_on();
+    let body = (!body.is_end_stream()).then_some(body);
+    let sent = sender.send_request(Request::from_parts(head, ()), body.is_none());
+    async move {
+        let (answer, stream) = sent.map_err(|error| SendFailed::from_http2(&error, true))?;
+        let rest = match body {
+            Some(body) => upload(stream, body).await,
+            None => None,
+        };
+        let answer = answer.await.map_err(|error| SendFailed::from_http2(&error, false))?;
+        if let Some(rest) = rest {
+            rest.goes_on();
+        }
+        Ok(Body::received(answer))
     }
-    Ok(Body::received(answer))
 }
 
 /// Resolves when a peer with open streams has been silent for too long: `read` counts the bytes that came from it.

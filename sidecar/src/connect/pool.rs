@@ -15,7 +15,10 @@ use std::{
 
 use bytes::Bytes;
 use fnv::FnvHasher;
-use futures_util::{FutureExt, future};
+use futures_util::{
+    FutureExt,
+    future::{self, Either},
+};
 use h2::client::SendRequest;
 use hyper::{Request, Response, client::conn::http1};
 use hyper_util::rt::TokioIo;
@@ -113,6 +116,9 @@ struct Http1 {
     peer: Option<VerifiedPeer>,
     standing: Standing,
 }
+
+/// The head of an answer and its connection, or why there is none.
+pub type Sent = std::result::Result<(Response<Body>, InUse), SendFailed>;
 
 /// A connection for one call.
 pub struct Lease {
@@ -395,36 +401,39 @@ impl Drop for Http2Stream {
 }
 
 impl Lease {
-    /// Sends a request and waits for the head of its answer. The connection stays in use until the returned
-    /// guard is dropped or finished.
+    /// Begins to send a request at once (it is large: each future that it waits in would move it), then waits for the
+    /// head of its answer. The connection stays in use until the returned guard is dropped or finished.
     ///
     /// # Errors
     /// What happened, and whether it is certain that nothing was processed.
-    pub async fn send(
-        self,
-        request: Request<Body>,
-    ) -> std::result::Result<(Response<Body>, InUse), SendFailed> {
+    pub fn send(self, request: Request<Body>) -> impl Future<Output = Sent> {
         let mut in_use = InUse { connection: self.connection };
-        let sent = match &mut in_use.connection {
-            Connection::Http2(stream) => http2::send(&mut stream.sender, request).await,
-            Connection::Http1(http1, _) => send_http1(http1, request).await,
+        let sending = match &mut in_use.connection {
+            Connection::Http2(stream) => Either::Left(http2::send(&mut stream.sender, request)),
+            Connection::Http1(http1, _) => Either::Right(send_http1(http1, request)),
         };
-        match (sent, in_use.cut()) {
-            (Ok(response), _) => Ok((response, in_use)),
-            // Whatever it was doing when we cut it, it may have done.
-            (Err(_), Some(reason)) => Err(SendFailed { failed: reason.clone(), nothing_processed: false }),
-            (Err(failed), None) => Err(failed),
+        async move {
+            match (sending.await, in_use.cut()) {
+                (Ok(response), _) => Ok((response, in_use)),
+                // Whatever it was doing when we cut it, it may have done.
+                (Err(_), Some(reason)) => {
+                    Err(SendFailed { failed: reason.clone(), nothing_processed: false })
+                }
+                (Err(failed), None) => Err(failed),
+            }
         }
     }
 }
 
-async fn send_http1(
+fn send_http1(
     http1: &mut Http1,
     request: Request<Body>,
-) -> std::result::Result<Response<Body>, SendFailed> {
-    let sent = http1.sender.try_send_request(request).await;
-    let response = sent.map_err(|error| SendFailed::from_hyper(error.error(), error.message().is_some()))?;
-    Ok(response.map(Body::from))
+) -> impl Future<Output = std::result::Result<Response<Body>, SendFailed>> + use<> {
+    http1.sender.try_send_request(request).map(|sent| {
+        let response =
+            sent.map_err(|error| SendFailed::from_hyper(error.error(), error.message().is_some()))?;
+        Ok(response.map(Body::from))
+    })
 }
 
 impl InUse {

@@ -28,15 +28,6 @@ pub const ATTEMPT: HeaderName = HeaderName::from_static(names::HEADER_ATTEMPT);
 /// The label of a failure of the mesh.
 pub const FAILURE: HeaderName = HeaderName::from_static(names::HEADER_FAILURE);
 
-/// Header fields that belong to one connection (RFC 9110 7.6.1), beside those that `Connection` names.
-const PER_HOP: [HeaderName; 5] = [
-    header::CONNECTION,
-    HeaderName::from_static("keep-alive"),
-    HeaderName::from_static("proxy-connection"),
-    header::TRANSFER_ENCODING,
-    header::UPGRADE,
-];
-
 /// Refuses a request that two parsers could read differently, and gives the host it is for.
 ///
 /// # Errors
@@ -142,10 +133,7 @@ pub fn remove_per_hop(headers: &mut HeaderMap) {
     if headers.contains_key(header::CONNECTION) {
         remove_named_by_connection(headers);
     }
-    // Looking through them once costs less than to ask for each, and most messages have none.
-    if headers.keys().any(|name| PER_HOP.contains(name)) {
-        PER_HOP.iter().for_each(|name| drop(headers.remove(name)));
-    }
+    remove_where(headers, |name| is_per_hop(name));
     if let Some(te) = headers.get(header::TE) {
         if te.as_bytes().split(|byte| *byte == b',').any(|part| part.trim_ascii() == b"trailers") {
             headers.insert(header::TE, HeaderValue::from_static("trailers"));
@@ -153,6 +141,12 @@ pub fn remove_per_hop(headers: &mut HeaderMap) {
             headers.remove(header::TE);
         }
     }
+}
+
+/// Header fields that belong to one connection (RFC 9110 7.6.1), beside those that `Connection` names.
+fn is_per_hop(name: &HeaderName) -> bool {
+    [header::CONNECTION, header::TRANSFER_ENCODING, header::UPGRADE].contains(name)
+        || matches!(name.as_str(), "keep-alive" | "proxy-connection")
 }
 
 fn remove_named_by_connection(headers: &mut HeaderMap) {
@@ -183,17 +177,27 @@ pub fn say_length(head: &mut request::Parts, length: Option<u64>) {
 /// Removes from trailers what would change how the message is read or whom it is from (RFC 9110 6.5.1), and
 /// what only the mesh may set.
 pub fn clean_trailers(trailers: &mut HeaderMap) {
-    remove_per_hop(trailers);
-    for name in [header::CONTENT_LENGTH, header::HOST, header::TE, header::TRAILER, header::AUTHORIZATION] {
-        trailers.remove(name);
+    const OF_A_HEAD: [HeaderName; 5] =
+        [header::CONTENT_LENGTH, header::HOST, header::TE, header::TRAILER, header::AUTHORIZATION];
+    if trailers.contains_key(header::CONNECTION) {
+        remove_named_by_connection(trailers);
     }
-    remove_ours(trailers);
+    let is_unfit = |name: &&HeaderName| is_per_hop(name) || OF_A_HEAD.contains(name) || is_ours(name);
+    remove_where(trailers, is_unfit);
 }
 
 /// Removes every header that only the mesh may set. An app or a stranger that sets one is not believed.
 pub fn remove_ours(headers: &mut HeaderMap) {
-    let is_ours = |name: &&HeaderName| name.as_str().starts_with(names::HEADER_PREFIX);
-    while let Some(name) = headers.keys().find(is_ours).cloned() {
+    remove_where(headers, |name| is_ours(name));
+}
+
+fn is_ours(name: &HeaderName) -> bool {
+    name.as_str().starts_with(names::HEADER_PREFIX)
+}
+
+/// Looking through them costs less than to ask for each name, and most messages have none of them, or one.
+fn remove_where(headers: &mut HeaderMap, unwanted: impl Fn(&&HeaderName) -> bool) {
+    while let Some(name) = headers.keys().find(&unwanted).cloned() {
         headers.remove(name);
     }
 }

@@ -122,15 +122,14 @@ impl Inbound {
         key: &Key,
         _permit: Permit,
     ) -> Result<(Response<Body>, InUse)> {
-        let again = can_repeat(&request).then(|| request_like(&request));
         let lease = self.pool.lend(key, APP_TIMEOUT).await.map_err(as_app)?;
-        let reused = lease.reused;
+        let again = (lease.reused && can_repeat(&request)).then(|| request_like(&request));
         let failed = match lease.send(request).await {
             Ok(answered) => return Ok(answered),
             Err(failed) => failed,
         };
         match again {
-            Some(request) if reused && failed.failed.failure == Failure::Reset => {
+            Some(request) if failed.failed.failure == Failure::Reset => {
                 Box::pin(self.send_again(request, key)).await
             }
             _ => Err(app_failed(failed)),

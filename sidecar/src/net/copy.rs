@@ -9,9 +9,9 @@ use super::{
     socket::{close_cleanly, reset},
 };
 
-/// Bytes on the way at a time and direction: at first, and once a direction has filled that.
+/// Bytes on the way at a time and direction: at least, and at most while a direction fills what it has.
 const BUFFER: usize = 16 * 1024;
-const BULK: usize = 64 * 1024;
+const BULK: usize = 256 * 1024;
 
 /// How many bytes went each way.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -64,8 +64,11 @@ async fn copy_one_way(
         if read == 0 {
             return to.shutdown().await;
         }
-        if read == BUFFER && buffer.len() == BUFFER {
-            buffer = vec![0; BULK];
+        if read == buffer.len() && read < BULK {
+            buffer = vec![0; BULK.min(read * 4)];
+        } else if read < BUFFER && buffer.len() > BUFFER {
+            // A burst is over, and does not leave its buffer behind.
+            buffer = vec![0; BUFFER];
         }
     }
 }

@@ -42,6 +42,8 @@ struct Call<'a> {
     is_grpc: bool,
     head: Parts,
     body: Replay,
+    /// By the app, and on the way.
+    spoken: HttpVersion,
     version: HttpVersion,
     deadline: Deadline,
 }
@@ -117,13 +119,10 @@ impl Outbound {
         };
         headers::remove_per_hop(request.headers_mut());
         headers::frame_for(&mut request, version, authority, || authority_of(upstream))?;
-        if let Security::Mesh(_) = known.security {
-            request.headers_mut().insert(headers::PROTOCOL, protocol_name(spoken));
-        }
         let (head, body) = request.into_parts();
         let body = Replay::new(body, known.policy.retries.body_bytes, || record.count_request_bytes());
         let is_grpc = headers::is_grpc(&head.headers);
-        let call = Call { upstream, known: &known, only, is_grpc, head, body, version, deadline };
+        let call = Call { upstream, known: &known, only, is_grpc, head, body, spoken, version, deadline };
         Ok((self.attempts(&call, record).await?, place))
     }
 
@@ -200,8 +199,7 @@ impl Outbound {
         span: &TraceContext,
     ) -> Attempted {
         let started = Instant::now();
-        let request = call.request(record, span, started);
-        let sending = self.send(call, endpoint, request, record.cut());
+        let sending = self.send(call, endpoint, record, span, started);
         let Some(at) = call.deadline.attempt(call.known.policy.timeouts.attempt, started) else {
             return sending.await;
         };
@@ -217,17 +215,20 @@ impl Outbound {
         &self,
         call: &Call<'_>,
         endpoint: SocketAddr,
-        request: Request<Body>,
-        cut: &Cut,
+        record: &Record,
+        span: &TraceContext,
+        started: Instant,
     ) -> Attempted {
         if let Some(mut arrival) = self.own_arrival(endpoint) {
-            arrival.cut = cut.clone();
+            arrival.cut = record.cut().clone();
+            let request = call.request(record, span, started);
             let response = Box::pin(self.inbound.request(request, &arrival)).await?;
             return Ok((response, None));
         }
         let key = Key { address: endpoint, security: call.known.security.clone(), version: call.version };
         let lease = self.pool.lend(&key, call.known.policy.timeouts.connect).await?;
-        let (response, in_use) = lease.send(request).await?;
+        let now = if lease.reused { started } else { Instant::now() };
+        let (response, in_use) = lease.send(call.request(record, span, now)).await?;
         Ok((response, Some(in_use)))
     }
 
@@ -335,6 +336,7 @@ impl Call<'_> {
             head.insert(headers::GRPC_TIMEOUT, timeout);
         }
         if self.is_mesh() {
+            head.insert(headers::PROTOCOL, protocol_name(self.spoken));
             if let Some(deadline) = self.deadline.weft_header(now).and_then(headers::passing) {
                 head.insert(headers::DEADLINE, deadline);
             }

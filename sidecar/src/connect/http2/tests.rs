@@ -26,8 +26,7 @@ async fn connection() -> (SendRequest<Bytes>, Server, PingPong) {
 
 fn sending(sender: &SendRequest<Bytes>, body: impl Into<Bytes>) -> JoinHandle<Sent> {
     let request = Request::post("http://orders/").body(Body::whole(body)).unwrap();
-    let mut sender = sender.clone();
-    tokio::spawn(async move { send(&mut sender, request).await })
+    tokio::spawn(send(&mut sender.clone(), request))
 }
 
 async fn request(server: &mut Server) -> (Request<h2::RecvStream>, server::SendResponse<Bytes>) {
