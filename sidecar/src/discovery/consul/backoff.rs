@@ -17,10 +17,14 @@ pub(super) fn pause(failures: u32, longest: Duration, random: &mut fastrand::Rng
 /// What the share of one service is, where one sidecar asks for many again.
 const SHARE: Duration = Duration::from_millis(100);
 
+/// However few they are, their sidecar is not the only one that lost Consul.
+const LEAST: usize = 10;
+
 /// A pause of one of so many services that lost Consul together, where nobody waits for the answer: it makes some
-/// ten questions a second of them, in no order.
+/// ten questions a second of them, in no order. It is a second for those of a sidecar that has few.
 pub(super) fn turn(services: usize, random: &mut fastrand::Rng) -> Duration {
-    SHARE.saturating_mul(u32::try_from(services).unwrap_or(u32::MAX)).min(LONGEST).mul_f64(random.f64())
+    let services = u32::try_from(services.max(LEAST)).unwrap_or(u32::MAX);
+    SHARE.saturating_mul(services).min(LONGEST).mul_f64(random.f64())
 }
 
 /// A time that is up to a tenth longer.
@@ -44,7 +48,7 @@ mod tests {
             let width = pauses.iter().max().unwrap() - pauses.iter().min().unwrap();
             assert!(width > (most - least) * 8 / 10, "{failures}: not spread");
         }
-        for (services, most) in [(0, 0), (1, 100), (50, 5000), (usize::MAX, 30_000)] {
+        for (services, most) in [(0, 1000), (1, 1000), (50, 5000), (usize::MAX, 30_000)] {
             let turns: Vec<_> = (0..200).map(|_| turn(services, &mut random).as_millis()).collect();
             assert!(turns.iter().all(|turn| *turn <= most), "{services}: {turns:?}");
             assert!(turns.iter().max().unwrap() >= &(most * 8 / 10), "{services}: not spread");

@@ -16,7 +16,7 @@ use tokio::{
 use weft_proto::names::POLICIES_PREFIX;
 
 use super::{
-    backoff::{LONGEST, pause, spread},
+    backoff::{LONGEST, pause, spread, turn},
     client::{Answer, Client, Place, Question},
     error::{Error, Kind},
     health::explain,
@@ -92,15 +92,17 @@ pub async fn follow_policies(
                         let elsewhere = matches!((place, last_place), (Some(new), Some(old)) if !new.follows(old));
                         let (index, after_gap) = (place.map(|place| place.index), failures > 0 || elsewhere);
                         let is_later = store.take(index, entries, after_gap);
+                        // All sidecars that failed together may be answered together.
+                        let more = if failures > 0 { turn(1, &mut random) } else { Duration::ZERO };
                         (failures, last_error, last_place) = (0, None, place.or(last_place));
-                        (rest_after(place, is_empty_again, &mut random), place.filter(|_| is_later))
+                        (rest_after(place, is_empty_again, &mut random) + more, place.filter(|_| is_later))
                     }
                     Err(error) => {
                         believed = None;
                         failures = failures.saturating_add(1);
                         // The agent is well where an index went back.
                         last_error = (error.kind != Kind::WentBack).then(|| mistake("", error.text));
-                        (pause(failures, LONGEST, &mut random), None)
+                        (pause(failures, LONGEST, &mut random) + turn(1, &mut random), None)
                     }
                 };
                 let wait = WAIT.mul_f64(1.0 - 0.1 * random.f64());

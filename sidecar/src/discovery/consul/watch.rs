@@ -111,8 +111,10 @@ impl Watch {
     /// Watches until nobody uses the service, or nobody listens.
     pub(super) async fn run(mut self) {
         loop {
-            let began = Instant::now();
+            let (began, had_failed) = (Instant::now(), self.failures > 0);
             let rest_until = match self.look().await {
+                // Those that failed together may be answered together too, and go on together.
+                Ok(()) if had_failed => Instant::now() + self.spacing() + self.turn(),
                 Ok(()) => began + self.spacing(),
                 Err(error) => {
                     self.failures = self.failures.saturating_add(1);
@@ -141,8 +143,12 @@ impl Watch {
         if self.known.is_empty() {
             return pause(self.failures, LONGEST_WITHOUT, &mut self.random);
         }
-        let turn = turn(self.client.watches.load(Ordering::Relaxed), &mut self.random);
-        pause(self.failures, LONGEST, &mut self.random) + turn
+        pause(self.failures, LONGEST, &mut self.random) + self.turn()
+    }
+
+    /// One of all that this sidecar watches.
+    fn turn(&mut self) -> Duration {
+        turn(self.client.watches.load(Ordering::Relaxed), &mut self.random)
     }
 
     fn spacing(&mut self) -> Duration {
