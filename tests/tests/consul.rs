@@ -24,6 +24,8 @@ mod loss;
 mod partition;
 #[path = "consul/policies.rs"]
 mod policies;
+#[path = "consul/questions.rs"]
+mod questions;
 #[path = "consul/registration.rs"]
 mod registration;
 #[path = "consul/socket.rs"]

@@ -1,10 +1,9 @@
 //! What the tests with Consul share: apps that say who they are, sidecars that know of Consul alone, and a cluster
 //! of three servers with an agent.
 
-use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt, time::Duration};
+use std::{fs, os::unix::fs::PermissionsExt, time::Duration};
 
 use serde_json::Value;
-use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::time::Instant;
 use weft_tests::{Consul, Mesh, Pod, Process, Sidecar, output_of, pause, until};
 
@@ -85,7 +84,7 @@ impl<'a> Cluster<'a> {
     pub fn start(pods: &'a [Pod], host: &'a Pod) -> Self {
         let all: Vec<&Pod> = pods.iter().collect();
         let servers = pods.iter().map(|pod| Consul::server(pod, &all, "")).collect();
-        let agent = Consul::agent(host, &all, "log_level = \"debug\"");
+        let agent = Consul::agent(host, &all, "");
         until("there is a leader", || leader(&agent).is_some());
         Cluster { servers, agent }
     }
@@ -109,37 +108,6 @@ impl<'a> Cluster<'a> {
 pub fn leader(agent: &Consul<'_>) -> Option<String> {
     let leader = agent.ask("GET", "/v1/status/leader", None)?;
     leader.as_str()?.split_once(':').map(|(address, _)| address.to_owned())
-}
-
-/// The most questions from outside the agent's pod that came within a second of its clock, and all of them. It logs
-/// a question when it is answered, and how long that took.
-pub fn busiest_second(log: &str) -> (usize, usize) {
-    let mut seconds: BTreeMap<i64, usize> = BTreeMap::new();
-    let of_others =
-        log.lines().filter(|line| line.contains("Request finished") && !line.contains("from=127.0.0.1"));
-    for line in of_others {
-        let time = line.split_whitespace().next().unwrap_or_default();
-        let answered = OffsetDateTime::parse(time, &Rfc3339).expect("a line begins with its time");
-        let took = line.rsplit_once("latency=").map(|(_, took)| go_duration(took.trim())).unwrap_or_default();
-        *seconds.entry((answered - took).unix_timestamp()).or_default() += 1;
-    }
-    (seconds.values().copied().max().unwrap_or_default(), seconds.values().sum())
-}
-
-/// `4m37.2s`, `1.5ms`, as Go writes it.
-fn go_duration(text: &str) -> Duration {
-    const UNITS: [(&str, f64); 6] =
-        [("ns", 1e-9), ("µs", 1e-6), ("ms", 1e-3), ("h", 3600.0), ("m", 60.0), ("s", 1.0)];
-    let (mut rest, mut seconds) = (text, 0.0);
-    while !rest.is_empty() {
-        let end = rest.find(|one: char| one != '.' && !one.is_ascii_digit()).unwrap_or(rest.len());
-        let (number, unit) = rest.split_at(end);
-        let (name, factor) =
-            UNITS.iter().find(|(name, _)| unit.starts_with(name)).unwrap_or_else(|| panic!("{text}"));
-        seconds += number.parse::<f64>().expect(text) * factor;
-        rest = &unit[name.len()..];
-    }
-    Duration::from_secs_f64(seconds)
 }
 
 /// Waits until something is so, and says how long it took.
