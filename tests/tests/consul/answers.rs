@@ -1,15 +1,25 @@
 //! A registry that answers nonsense: an error that names service and field, and the last good state stays.
 
-use std::fs;
+use std::{fs, path::PathBuf};
 
 use serde_json::{Value, json};
 use weft_tests::{Consul, Mesh, Pod, Process, Sidecar, can_run, until};
 
-use super::world::{app, get, sidecar};
+use super::world::{app, endpoints, get, sidecar};
 
-/// Answers every question with the file `answer` (head and body) in its folder, and counts questions there.
-fn registry(pod: &Pod, folder: &str) -> Process {
-    const PROGRAM: &str = "
+/// A registry that says what a test has put into its folder, to each question at once.
+struct Registry {
+    folder: PathBuf,
+    _process: Process,
+}
+
+/// The file with the answer (head and body) about policies, and that about all else.
+const POLICIES: &str = "policies";
+const OTHERS: &str = "others";
+
+impl Registry {
+    fn start(mesh: &Mesh, pod: &Pod) -> Registry {
+        const PROGRAM: &str = "
 import sys, socket, threading
 folder = sys.argv[1]
 def serve(client):
@@ -19,9 +29,10 @@ def serve(client):
         if not more:
             return
         data += more
+    name = 'policies' if b' /v1/kv/' in data else 'others'
     with open(folder + '/asked', 'ab') as log:
-        log.write(data.split(b'\\r\\n')[0] + b'\\n')
-    with open(folder + '/answer', 'rb') as file:
+        log.write(name.encode() + b'\\n')
+    with open(folder + '/' + name, 'rb') as file:
         client.sendall(file.read())
     client.close()
 listener = socket.create_server(('0.0.0.0', 8500), backlog=100)
@@ -29,9 +40,29 @@ print('serving', flush=True)
 while True:
     threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
 ";
-    let mut process = pod.start("python3", &["-c", PROGRAM, folder]);
-    process.wait_for_line("serving");
-    process
+        let folder = mesh.network.folder().join("registry");
+        fs::create_dir(&folder).unwrap();
+        let mut process = pod.start("python3", &["-c", PROGRAM, &folder.display().to_string()]);
+        process.wait_for_line("serving");
+        Registry { folder, _process: process }
+    }
+
+    fn say(&self, name: &str, text: &str) {
+        let aside = self.folder.join("aside");
+        fs::write(&aside, text).unwrap();
+        fs::rename(aside, self.folder.join(name)).unwrap();
+    }
+
+    /// Waits for a question that is answered with what stands there now.
+    fn wait_for_question(&self, name: &str) {
+        let count = || {
+            let asked = fs::read_to_string(self.folder.join("asked")).unwrap();
+            asked.lines().filter(|line| *line == name).count()
+        };
+        let before = count();
+        // The first may have been answered with what stood there before.
+        until("it is asked again", || count() > before + 1);
+    }
 }
 
 fn answer(status: &str, kind: &str, index: u64, body: &str) -> String {
@@ -65,17 +96,11 @@ fn nonsense_is_named_and_the_last_good_state_stays() {
     let mesh = Mesh::new();
     let (client, server) = (mesh.network.pod("client"), mesh.network.pod("server"));
     let pod = mesh.network.pod("registry");
-    let folder = mesh.network.folder().join("registry");
-    fs::create_dir(&folder).unwrap();
-    let say = |text: &str| {
-        let aside = folder.join("aside");
-        fs::write(&aside, text).unwrap();
-        fs::rename(aside, folder.join("answer")).unwrap();
-    };
+    let registry = Registry::start(&mesh, &pod);
+    registry.say(POLICIES, &answer("404 Not Found", "application/json", 7, ""));
     let address = server.ipv4().to_string();
     let good = json!([instance("one", &address, json!(8080))]).to_string();
-    say(&answer("200 OK", "application/json", 7, &good));
-    let _registry = registry(&pod, &folder.display().to_string());
+    registry.say(OTHERS, &answer("200 OK", "application/json", 7, &good));
     let _app = app(&server, "one", 8080);
     let consul = format!("http://{}:8500", pod.ipv4());
     let sidecar = sidecar(&mesh, &client, "web", &consul, &[]);
@@ -103,14 +128,67 @@ fn nonsense_is_named_and_the_last_good_state_stays() {
         (answer("500 Oops", json, 8, "No cluster leader"), &["Consul", "no leader"]),
         (answer("200 OK", json, 8, "[]").replace("Length: 2", "Length: 9"), &["Consul", "broke off"]),
     ] {
-        say(&text);
+        registry.say(OTHERS, &text);
         wait_for_words(&sidecar, words);
         assert_eq!(get(&client, "http://orders/"), "200 one", "{words:?}");
-        say(&answer("200 OK", json, 9, &good));
-        let before = fs::read_to_string(folder.join("asked")).unwrap().lines().count();
-        until("it is asked again", || {
-            fs::read_to_string(folder.join("asked")).unwrap().lines().count() > before + 1
-        });
+        registry.say(OTHERS, &answer("200 OK", json, 9, &good));
+        registry.wait_for_question(OTHERS);
         assert!(sidecar.process.log().len() < 200_000, "the log repeats what came");
     }
+}
+
+/// `retries: {attempts: 7}` and `retries: {attempts: 4}`, as Consul gives them.
+const SEVEN: &str = "cmV0cmllczoge2F0dGVtcHRzOiA3fQ==";
+const FOUR: &str = "cmV0cmllczoge2F0dGVtcHRzOiA0fQ==";
+
+#[test]
+fn nonsense_about_policies_is_named_and_the_last_good_ones_stay() {
+    if !can_run(&Consul::NEEDS) {
+        return;
+    }
+    let mesh = Mesh::new();
+    let (client, server) = (mesh.network.pod("client"), mesh.network.pod("server"));
+    let pod = mesh.network.pod("registry");
+    let registry = Registry::start(&mesh, &pod);
+    let document = |key: Value, value: &str, index: u64| {
+        json!([{"Key": key, "Value": value, "Flags": 0, "CreateIndex": 7, "ModifyIndex": index}]).to_string()
+    };
+    let (json, key) = ("application/json", json!("weft/policies/orders"));
+    let good = document(key.clone(), SEVEN, 7);
+    let service = json!([instance("one", &server.ipv4().to_string(), json!(8080))]).to_string();
+    registry.say(OTHERS, &answer("200 OK", json, 7, &service));
+    registry.say(POLICIES, &answer("200 OK", json, 7, &good));
+    let _app = app(&server, "one", 8080);
+    let sidecar = sidecar(&mesh, &client, "web", &format!("http://{}:8500", pod.ipv4()), &[]);
+    assert_eq!(get(&client, "http://orders/"), "200 one");
+    let attempts = || endpoints(&client, &sidecar)["orders"]["policy"]["retries"]["attempts"].clone();
+    assert_eq!(attempts(), 7);
+
+    let all = "consul:weft/policies/: ";
+    let one = "consul:weft/policies/orders: ";
+    let wrong_type = document(json!(7), FOUR, 8);
+    let no_base64 = document(key.clone(), "?", 8);
+    let long = document(key.clone(), &"A".repeat(5_000_000), 8);
+    // Between two bad answers a good one, so that pauses stay short.
+    for (text, words) in [
+        (answer("200 OK", json, 8, &good[..good.len() - 20]), [all, "ends too early"]),
+        (answer("200 OK", "text/html", 8, "<html>Hello"), [all, "a web page came"]),
+        (answer("200 OK", json, 8, "<html>Hello"), [all, "it begins <html>Hello"]),
+        (answer("200 OK", json, 8, &wrong_type), [all, "`[0].Key`"]),
+        (answer("200 OK", json, 8, "{}"), [all, "expected a sequence"]),
+        (answer("200 OK", json, 8, "[]").replace("Length: 2", "Length: 9"), [all, "broke off"]),
+        (answer("403 Forbidden", json, 8, "no"), [all, "needs key:read on `weft/policies/`"]),
+        (answer("200 OK", json, 8, &no_base64), [one, "is no base64"]),
+        (answer("200 OK", json, 8, &long), [one, "is longer than"]),
+    ] {
+        registry.say(POLICIES, &text);
+        wait_for_words(&sidecar, &words);
+        assert_eq!(attempts(), 7, "{words:?}");
+        assert_eq!(get(&client, "http://orders/"), "200 one", "{words:?}");
+        registry.say(POLICIES, &answer("200 OK", json, 9, &good));
+        registry.wait_for_question(POLICIES);
+        assert!(sidecar.process.log().len() < 200_000, "the log repeats what came");
+    }
+    registry.say(POLICIES, &answer("200 OK", json, 10, &document(key, FOUR, 10)));
+    until("the next good one counts", || attempts() == 4);
 }
