@@ -22,8 +22,9 @@ const MOST_UNTIL_WATCHED: Duration = Duration::from_secs(60);
 /// How long what follows is watched.
 const SETTLE: Duration = Duration::from_secs(10);
 /// Questions of the sidecars within any second, for each of them. Where the dead leader is the server of the agent, all
-/// that waits fails at once: seven for policies, each asked again with a look at the ACLs, and five for services.
-const MOST_PER_SECOND: usize = 4;
+/// that waits fails at once: seven for policies, each asked again with a look at the ACLs, and five for services. They
+/// are asked again at random within some two seconds; more than 28 in one of them come once in a thousand runs.
+const MOST_PER_SECOND: usize = 5;
 /// What a sidecar says of a Consul that it misses, and of one that is back.
 const MISSED: &str = "what is known stays in use";
 const FOUND: &str = "answers again";

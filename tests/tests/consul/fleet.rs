@@ -18,7 +18,8 @@ const TTL: Duration = Duration::from_secs(6);
 /// What an instance said last it said before it was killed, so its time to live is over within that time of it. The
 /// agent's timer, its way to the servers and their disks may take a moment more.
 const MOST_UNTIL_OUT: f64 = 6.0 + 1.0;
-/// From the registration of a new instance to its first call, in seconds.
+/// From the registration of a new instance to its first call, in seconds; of three the middle one, for the machine may
+/// be busy with other tests.
 const MOST_UNTIL_CALLED: f64 = 1.0;
 
 /// A workload: its app, and its sidecar.
@@ -99,26 +100,30 @@ fn a_fleet_is_found_called_and_followed() {
     let gone = gone.unwrap_or_default();
     load.more(100);
 
-    // A new one, and so many calls of its service that it is soon its turn.
+    // New ones, and so many calls of their service that each soon has its turn.
     let calls = Load::start(&client, &["cart"]);
-    let pod = mesh.network.pod("cart-new");
-    let new = start(&mesh, &pod, "cart", "cart-new", agent);
-    let mut called = None;
-    until("the new one is called", || {
-        called = calls.answers().into_iter().find(|answer| answer.said == "200 cart-new");
-        called.is_some()
+    let new = ["new-1", "new-2", "new-3"].map(|instance| (instance, mesh.network.pod(instance)));
+    let mut called = new.each_ref().map(|(instance, pod)| {
+        workloads.push(start(&mesh, pod, "cart", instance, agent));
+        let mut first = None;
+        until("the new one is called", || {
+            first = calls.answers().into_iter().find(|answer| answer.said == format!("200 {instance}"));
+            first.is_some()
+        });
+        let process = &workloads[workloads.len() - 1].sidecar.process;
+        let registered = logged_at(process, "registered in Consul").expect("it is registered");
+        first.map_or(0.0, |answer| answer.at - registered)
     });
-    let registered = logged_at(&new.sidecar.process, "registered in Consul").expect("it is registered");
-    let called = called.map(|answer| answer.at).unwrap_or_default() - registered;
+    called.sort_by(f64::total_cmp);
     let ((count, longest), (more, _)) = (load.all_well(), calls.all_well());
     println!("{:#?}", load.tally());
     println!(
         "{} GETs, none failed, the longest took {longest:.3} s; {busiest}, which was killed, was out after {gone:.3} s \
-         (time to live {TTL:?}); the new one was called {called:.3} s after its registration",
+         (time to live {TTL:?}); new ones were called {called:.3?} s after their registration",
         count + more
     );
     assert!(gone <= MOST_UNTIL_OUT, "out of the registry {gone:.3} s after it was killed");
-    assert!(called <= MOST_UNTIL_CALLED, "called only {called:.3} s after its registration");
+    assert!(called[1] <= MOST_UNTIL_CALLED, "called only {called:.3?} s after their registration");
     let metrics = web.metrics(&client);
     assert!(metrics.contains("weft_registry_requests_total{result=\"ok\"}"), "{metrics}");
 }
