@@ -10,6 +10,7 @@ mod respond;
 mod server;
 mod streams;
 mod upgrade;
+mod upload;
 mod waiting;
 
 pub use body::{Body, BodyEnd, Ended};
@@ -18,3 +19,4 @@ pub use replay::Replay;
 pub use respond::{answer, refuse_stream};
 pub use server::{HttpLimits, serve};
 pub use upgrade::{Upgrade, Upgraded, frame_for_upgrade, left_http, wants_upgrade};
+pub use upload::upload;

@@ -5,6 +5,8 @@
 mod balance;
 #[path = "life/drain.rs"]
 mod drain;
+#[path = "life/frozen.rs"]
+mod frozen;
 #[path = "life/kill.rs"]
 mod kill;
 #[path = "life/renewal.rs"]

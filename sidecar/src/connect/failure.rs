@@ -43,13 +43,15 @@ impl SendFailed {
 
     /// A call on an HTTP/2 connection failed. `unsent`: its stream was never made.
     pub(super) fn from_http2(error: &h2::Error, unsent: bool) -> Self {
-        let io = error.get_io();
+        let is_ours = !error.is_remote() && !error.is_library();
         let (failure, nothing_processed) = match error.reason() {
             // RFC 9113 8.7: both prove that the stream was not processed. A sidecar refuses a stream when its
             // app refuses connections.
             Some(Reason::REFUSED_STREAM) if error.is_remote() => (Failure::AppRefused, true),
             _ if error.is_go_away() && error.is_remote() => (Failure::Reset, true),
-            _ if unsent || io.is_some_and(tls::refused_by_peer) => unprocessed(io),
+            _ if unsent => unprocessed(error.get_io()),
+            // We reset it, because its body broke off.
+            _ if error.is_reset() && is_ours => (Failure::ClientGone, false),
             _ => (Failure::Reset, false),
         };
         SendFailed { failed: Failed::new(failure, format!("HTTP/2: {error}")), nothing_processed }
@@ -60,11 +62,6 @@ impl SendFailed {
 fn unprocessed(io: Option<&io::Error>) -> (Failure, bool) {
     let refused = io.is_some_and(tls::refused_by_peer);
     (if refused { Failure::Handshake } else { Failure::Reset }, true)
-}
-
-/// The error of HTTP/2 that is the reason of this one.
-pub(super) fn http2_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a h2::Error> {
-    causes(error).find_map(|cause| cause.downcast_ref())
 }
 
 /// An error and what it comes from.

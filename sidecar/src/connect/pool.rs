@@ -24,7 +24,7 @@ use hyper::{Request, Response, client::conn::http1};
 use hyper_util::rt::TokioIo;
 use tokio::{
     sync::watch,
-    time::{Instant, timeout},
+    time::{Instant, timeout, timeout_at},
 };
 use weft_proto::spiffe::SpiffeId;
 
@@ -102,7 +102,7 @@ struct Http2 {
     sender: SendRequest<Bytes>,
     peer: Option<VerifiedPeer>,
     standing: Standing,
-    streams: Arc<AtomicUsize>,
+    streams: AtomicUsize,
     idle_since: Mutex<Instant>,
 }
 
@@ -152,7 +152,8 @@ impl Pool {
     /// Lends a connection, dialling within `limit` where none is free.
     ///
     /// # Errors
-    /// Those of [`Connector::connect`]; `overloaded` past the bound of connections.
+    /// Those of [`Connector::connect`]; `overloaded` past the bound of connections; `connect_timeout` where the server
+    /// closes each connection before it takes the call.
     pub async fn lend(self: &Arc<Self>, key: &Key, limit: Duration) -> Result<Lease> {
         match key.version {
             HttpVersion::Http2 => self.lend_http2(key, limit).await,
@@ -162,13 +163,19 @@ impl Pool {
 
     async fn lend_http2(self: &Arc<Self>, key: &Key, limit: Duration) -> Result<Lease> {
         let mut reused = true;
+        let over = Instant::now() + limit;
         loop {
             let mut dialing = match self.take_or_dial(key, limit)? {
                 Ok(stream) => return Ok(Lease { connection: Connection::Http2(stream), reused }),
                 Err(dialing) => dialing,
             };
             reused = false;
-            let outcome = dialing.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone());
+            let outcome = timeout_at(over, dialing.wait_for(Option::is_some)).await;
+            let outcome = outcome.map_err(|_| {
+                let detail = format!("{}: no connection took the call in time", key.address);
+                Failed::new(Failure::ConnectTimeout, detail)
+            })?;
+            let outcome = outcome.ok().and_then(|outcome| outcome.clone());
             outcome
                 .unwrap_or_else(|| Err(Failed::new(Failure::Internal, "a dial ended without an outcome")))?;
         }
@@ -227,14 +234,25 @@ impl Pool {
         }
         let read = stream.count_reads();
         let (sender, driver, pings) = handshake(stream).await.map_err(|failed| failed.failed)?;
-        let (standing, streams) = (Standing::default(), Arc::new(AtomicUsize::new(0)));
-        let address = key.address;
-        let dead = silence(pings, read, streams.clone())
-            .map(move |()| Failed::new(Failure::Reset, format!("{address}: silent, with calls under way")));
+        let standing = Standing::default();
+        let (address, is_sidecar) = (key.address, peer.is_some());
+        let dead = async move {
+            if !is_sidecar {
+                return future::pending().await;
+            }
+            silence(pings, read).await;
+            Failed::new(Failure::Reset, format!("{address}: silent, and no answer to a PING"))
+        };
         let open = self.metrics.pool_connection(Protocol::Http2);
         let driving = standing.clone().drive(driver, peer.clone(), self.connector.clone(), dead, Some(open));
         tokio::spawn(driving);
-        Ok(Arc::new(Http2 { sender, peer, standing, streams, idle_since: Mutex::new(Instant::now()) }))
+        Ok(Arc::new(Http2 {
+            sender,
+            peer,
+            standing,
+            streams: AtomicUsize::new(0),
+            idle_since: Mutex::new(Instant::now()),
+        }))
     }
 
     async fn lend_http1(self: &Arc<Self>, key: &Key, limit: Duration) -> Result<Lease> {
@@ -379,15 +397,19 @@ impl Http2 {
 
 impl Http2Stream {
     fn take(connection: &Arc<Http2>) -> Option<Self> {
-        // Only this worker takes streams of this connection, so that load and add need not be one step.
-        if connection.streams.load(Ordering::Relaxed) >= STREAMS {
+        let mut sender = connection.sender.clone();
+        if !is_open(&mut sender) {
+            connection.standing.retire();
             return None;
         }
-        let mut sender = connection.sender.clone();
-        is_open(&mut sender).then(|| {
-            connection.streams.fetch_add(1, Ordering::Relaxed);
-            Http2Stream { connection: connection.clone(), sender }
-        })
+        // What goes past the server's bound would wait for another stream's end.
+        let most = sender.current_max_send_streams().clamp(1, STREAMS);
+        // Only this worker takes streams of this connection, so that load and add need not be one step.
+        if connection.streams.load(Ordering::Relaxed) >= most {
+            return None;
+        }
+        connection.streams.fetch_add(1, Ordering::Relaxed);
+        Some(Http2Stream { connection: connection.clone(), sender })
     }
 }
 

@@ -38,6 +38,11 @@ impl Standing {
         self.retired.load(Ordering::Relaxed)
     }
 
+    /// It takes no further calls from here on.
+    pub(super) fn retire(&self) {
+        self.retired.store(true, Ordering::Relaxed);
+    }
+
     /// Why it was cut, if it was.
     pub(super) fn cut(&self) -> Option<&Failed> {
         self.cut.reason()
@@ -53,7 +58,7 @@ impl Standing {
         dead: impl Future<Output = Failed>,
         open: Option<OpenConnection>,
     ) -> impl Future<Output = ()> {
-        let retired = self.retired.clone();
+        let standing = self.clone();
         let over = async move {
             let trust_over = self.trust_is_over(peer.as_ref(), &connector);
             let why = tokio::select! {
@@ -64,7 +69,7 @@ impl Standing {
             self.cut.because(why);
         };
         future::select(driver, Box::pin(over)).map(move |ended| {
-            retired.store(true, Ordering::Relaxed);
+            standing.retire();
             if let Either::Left((Err(error), _)) = ended {
                 tracing::debug!(%error, "a connection to a server broke");
             }
@@ -76,7 +81,7 @@ impl Standing {
     async fn trust_is_over(&self, peer: Option<&VerifiedPeer>, connector: &Connector) -> Failed {
         let Some(peer) = peer else { return future::pending().await };
         trust_ended(peer, connector.credentials().clone(), RETIRE_AHEAD).await;
-        self.retired.store(true, Ordering::Relaxed);
+        self.retire();
         trust_ended(peer, connector.credentials().clone(), Duration::ZERO).await;
         tokio::time::sleep(connector.drain_timeout()).await;
         trust_is_over(peer)

@@ -13,7 +13,7 @@ use http_body::{Frame, SizeHint};
 use hyper::{Response, body::Incoming, header::HeaderMap};
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::{headers::GRPC_STATUS, received::Received, replay::ReplayBody, streams::InFlight};
+use super::{headers::GRPC_STATUS, received::Received, replay::ReplayBody, streams::InFlight, upload::Rest};
 use crate::telemetry::ByteCount;
 
 /// What a body reports when its source fails. A server that gets it cuts the connection or resets the stream,
@@ -75,11 +75,19 @@ impl Body {
         Body::of(Source::Whole(bytes.into()))
     }
 
-    /// What comes after the head of an answer on an HTTP/2 stream.
-    pub fn received(answer: Response<RecvStream>) -> Response<Self> {
+    /// What comes after the head of an answer on an HTTP/2 stream, while the rest of the request goes on. Dropped before
+    /// its end it ends that too.
+    pub fn received(answer: Response<RecvStream>, rest: Option<Rest>) -> Response<Self> {
         let (head, stream) = answer.into_parts();
-        let body = Body::of(Source::Received(Received::new(&head.headers, stream)));
+        let body = Body::of(Source::Received(Received::new(&head.headers, stream, rest)));
         Response::from_parts(head, body)
+    }
+
+    /// Drops the body of an answer that is not wanted, with what is still on its way of the request.
+    pub fn abandon(mut self) {
+        if let Source::Received(received) = std::mem::replace(&mut self.source, Source::Empty) {
+            received.abandon();
+        }
     }
 
     pub(super) fn replay(body: ReplayBody) -> Self {

@@ -7,7 +7,7 @@ use h2::{Reason, RecvStream};
 use http_body::{Frame, SizeHint};
 use hyper::{HeaderMap, header::CONTENT_LENGTH};
 
-use super::body::BodyError;
+use super::{body::BodyError, upload::Rest};
 
 /// What comes on a stream after its head.
 pub(super) struct Received {
@@ -15,14 +15,16 @@ pub(super) struct Received {
     /// Bytes still to come, where the head said so.
     left: Option<u64>,
     data_ended: bool,
+    /// Of the request, which may still be on its way.
+    rest: Option<Rest>,
 }
 
 impl Received {
     /// The body after a head with these fields. (h2 refuses a Content-Length that is no number, or not kept.)
-    pub(super) fn new(head: &HeaderMap, stream: RecvStream) -> Self {
+    pub(super) fn new(head: &HeaderMap, stream: RecvStream, rest: Option<Rest>) -> Self {
         let said = || head.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok();
         let left = if stream.is_end_stream() { Some(0) } else { said() };
-        Received { stream, left, data_ended: false }
+        Received { stream, left, data_ended: false, rest }
     }
 
     pub(super) fn poll(
@@ -37,14 +39,23 @@ impl Received {
                     self.left = self.left.map(|left| left.saturating_sub(data.len() as u64));
                     return Poll::Ready(Some(Ok(Frame::data(data))));
                 }
-                // RFC 9113 8.1: the answer is complete, and the rest of the request is not wanted.
-                Some(Err(error)) if error.reason() == Some(Reason::NO_ERROR) => return Poll::Ready(None),
-                Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
+                // The stream was reset before its end (h2 tells of none that comes after it), but all is here.
+                Some(Err(error)) if error.reason() == Some(Reason::NO_ERROR) && self.left == Some(0) => {
+                    return Poll::Ready(None);
+                }
+                // As text: the reason is of this hop. On the next, REFUSED_STREAM would say that nothing was
+                // processed, and NO_ERROR that all was.
+                Some(Err(error)) => return Poll::Ready(Some(Err(error.to_string().into()))),
                 None => self.data_ended = true,
             }
         }
         let trailers = ready!(self.stream.poll_trailers(context));
         Poll::Ready(trailers.map_err(BodyError::from).transpose().map(|read| read.map(Frame::trailers)))
+    }
+
+    /// Neither the answer nor the rest of its request is wanted.
+    pub(super) fn abandon(mut self) {
+        self.rest = None;
     }
 
     pub(super) fn is_end(&self) -> bool {
@@ -53,5 +64,16 @@ impl Received {
 
     pub(super) fn size_hint(&self) -> SizeHint {
         self.left.map_or_else(SizeHint::default, SizeHint::with_exact)
+    }
+}
+
+impl Drop for Received {
+    fn drop(&mut self) {
+        // A reader that knows the length stops without asking for the end.
+        if (self.is_end() || self.left == Some(0))
+            && let Some(rest) = self.rest.take()
+        {
+            rest.goes_on();
+        }
     }
 }

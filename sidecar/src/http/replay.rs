@@ -63,19 +63,33 @@ impl Replay {
         self.shared.as_ref().is_none_or(|shared| !lock(shared).overflowed)
     }
 
-    /// The body for the next attempt. The body of an earlier attempt ends with an error from here on.
+    /// Takes the body from the attempt under way, so that it can begin anew whenever that is. False: its beginning is
+    /// gone meanwhile.
+    pub fn take_back(&self) -> bool {
+        self.shared.as_ref().is_none_or(|shared| {
+            let mut state = lock(shared);
+            state.attempt += u64::from(!state.overflowed);
+            !state.overflowed
+        })
+    }
+
+    /// The body for the next attempt. The body of an earlier attempt ends with an error from here on, and so does this
+    /// one where its beginning is gone.
     pub fn begin(&self) -> Body {
         let Some(shared) = &self.shared else { return Body::empty() };
         let mut state = lock(shared);
         state.attempt += 1;
         Body::replay(ReplayBody {
             shared: shared.clone(),
-            attempt: state.attempt,
+            attempt: if state.overflowed { NOBODY } else { state.attempt },
             next: 0,
             trailers_sent: false,
         })
     }
 }
+
+/// No attempt has this number.
+const NOBODY: u64 = 0;
 
 /// The body of one attempt.
 pub(super) struct ReplayBody {
@@ -122,7 +136,7 @@ impl ReplayBody {
     pub(super) fn is_end(&self) -> bool {
         let shared = lock(&self.shared);
         let passed_on = self.next >= shared.kept.len() && (shared.trailers.is_none() || self.trailers_sent);
-        passed_on && (shared.finished || shared.incoming.is_end_stream())
+        shared.attempt == self.attempt && passed_on && (shared.finished || shared.incoming.is_end_stream())
     }
 
     pub(super) fn size_hint(&self) -> SizeHint {
@@ -160,3 +174,6 @@ impl Shared {
 fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;

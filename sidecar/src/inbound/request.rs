@@ -123,7 +123,8 @@ impl Inbound {
         _permit: Permit,
     ) -> Result<(Response<Body>, InUse)> {
         let lease = self.pool.lend(key, APP_TIMEOUT).await.map_err(as_app)?;
-        let again = (lease.reused && can_repeat(&request)).then(|| request_like(&request));
+        let may_be_stale = lease.reused && key.version == HttpVersion::Http1;
+        let again = (may_be_stale && can_repeat(&request)).then(|| request_like(&request));
         let failed = match lease.send(request).await {
             Ok(answered) => return Ok(answered),
             Err(failed) => failed,

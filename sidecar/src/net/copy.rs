@@ -1,17 +1,22 @@
 //! Copies bytes both ways between two streams, each half closed by itself.
 
-use std::{future::poll_fn, io, pin::Pin, task::Poll};
+use std::{future::poll_fn, io, pin::Pin, task::Poll, time::Duration};
 
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, split};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, split},
+    time::timeout,
+};
 
 use super::{
     Stream,
     socket::{close_cleanly, reset},
 };
 
-/// Bytes on the way at a time and direction: at least, and at most while a direction fills what it has.
+/// Bytes on the way at a time and direction: at first, and at most once a direction fills what it has.
 const BUFFER: usize = 16 * 1024;
 const BULK: usize = 256 * 1024;
+/// After so long without a byte a direction is back at the first size.
+const BURST_OVER: Duration = Duration::from_secs(1);
 
 /// How many bytes went each way.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -53,7 +58,16 @@ async fn copy_one_way(
 ) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER];
     loop {
-        let (read, broke) = read_what_is_there(from, &mut buffer).await;
+        let is_small = buffer.len() == BUFFER;
+        let reading = read_what_is_there(from, &mut buffer);
+        let (read, broke) = if is_small {
+            reading.await
+        } else if let Ok(read) = timeout(BURST_OVER, reading).await {
+            read
+        } else {
+            buffer = vec![0; BUFFER];
+            continue;
+        };
         if read > 0 {
             to.write_all(&buffer[..read]).await?;
             to.flush().await?;
@@ -66,9 +80,6 @@ async fn copy_one_way(
         }
         if read == buffer.len() && read < BULK {
             buffer = vec![0; BULK.min(read * 4)];
-        } else if read < BUFFER && buffer.len() > BUFFER {
-            // A burst is over, and does not leave its buffer behind.
-            buffer = vec![0; BUFFER];
         }
     }
 }

@@ -141,7 +141,10 @@ impl Outbound {
                 Verdict::Again { reason, after } => {
                     tried.push(endpoint);
                     why = Some(reason.label());
-                    drop((result, picked));
+                    if let Ok((response, _)) = result {
+                        response.into_body().abandon();
+                    }
+                    drop(picked);
                     sleep(after).await;
                 }
                 Verdict::No { reason } => {
@@ -359,7 +362,7 @@ impl Call<'_> {
         response.status().is_success() && !self.is_grpc
     }
 
-    /// May the request be tried again?
+    /// May the request be tried again? If so, its body has been taken from the attempt that was.
     fn again(&self, result: &Attempted, number: u32) -> Verdict {
         if matches!(result, Ok((response, _)) if self.is_plain_success(response)) {
             return Verdict::No { reason: Refusal::NotNeeded };
@@ -390,7 +393,12 @@ impl Call<'_> {
         };
         let retries = &self.known.policy.retries;
         let budget = &mut self.upstream.budget();
-        retry::decide(retries, &attempt, budget, &mut fastrand::Rng::new(), now, SystemTime::now())
+        let verdict =
+            retry::decide(retries, &attempt, budget, &mut fastrand::Rng::new(), now, SystemTime::now());
+        match verdict {
+            Verdict::Again { .. } if !self.body.take_back() => Verdict::No { reason: Refusal::Body },
+            verdict => verdict,
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 /// The first pause after a failure.
 const FIRST: Duration = Duration::from_millis(500);
-/// No pause is longer.
+/// No pause and no turn is longer.
 pub(super) const LONGEST: Duration = Duration::from_secs(30);
 
 /// The pause after this many failures in a row (1 or more), at most `longest`.
@@ -21,7 +21,8 @@ const SHARE: Duration = Duration::from_millis(100);
 const LEAST: usize = 10;
 
 /// A pause of one of so many services that lost Consul together, where nobody waits for the answer: it makes some
-/// ten questions a second of them, in no order. It is a second for those of a sidecar that has few.
+/// ten questions a second of them, in no order, and more only of more than 300. It is a second for those of a sidecar
+/// that has few.
 pub(super) fn turn(services: usize, random: &mut fastrand::Rng) -> Duration {
     let services = u32::try_from(services.max(LEAST)).unwrap_or(u32::MAX);
     SHARE.saturating_mul(services).min(LONGEST).mul_f64(random.f64())

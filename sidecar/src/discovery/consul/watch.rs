@@ -114,7 +114,9 @@ impl Watch {
             let (began, had_failed) = (Instant::now(), self.failures > 0);
             let rest_until = match self.look().await {
                 // Those that failed together may be answered together too, and go on together.
-                Ok(()) if had_failed => Instant::now() + self.spacing() + self.turn(),
+                Ok(()) if had_failed && !self.known.is_empty() => {
+                    Instant::now() + self.spacing() + self.turn()
+                }
                 Ok(()) => began + self.spacing(),
                 Err(error) => {
                     self.failures = self.failures.saturating_add(1);
