@@ -57,6 +57,27 @@ except grpc.RpcError as error:
     print(error.code().name, error.details(), dict(error.trailing_metadata() or error.initial_metadata()).get('x-weft-failure'))
 ";
 
+/// A server of gRPC takes PINGs without data more often than every five minutes for an attack.
+#[test]
+fn a_grpc_stream_may_be_silent() {
+    if !can_run(&[ROOT, Need::Python]) {
+        return;
+    }
+    let mut pair = Pair::direct(&["orders"]);
+    let _app = start_app(&pair.server, &python().display().to_string(), "grpc_app.py", 50051, &[]);
+    pair.weave(&[("orders", 50051)]);
+    let mut command = pair.client.command(python());
+    command.args(["-c", PAUSE, "orders:50051"]);
+    assert_eq!(output_of(command), "[b'before', b'after']\n");
+}
+
+/// A stream with 33 seconds of silence: a PING every ten seconds would end it after 30.
+const PAUSE: &str = "
+import grpc, sys
+pieces = grpc.insecure_channel(sys.argv[1]).unary_stream('/tests.Echo/Pause')(b'33', timeout=60)
+print(list(pieces))
+";
+
 #[test]
 fn websockets_see_the_same() {
     if !can_run(&[ROOT, Need::Python]) {

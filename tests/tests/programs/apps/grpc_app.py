@@ -60,6 +60,13 @@ def remaining(request, context):
     return str(context.time_remaining()).encode()
 
 
+def pause(request, context):
+    """So many seconds of silence between two messages."""
+    yield b"before"
+    threading.Event().wait(float(request))
+    yield b"after"
+
+
 def endless(request, context):
     context.add_callback(cancelled.set)
     while context.is_active():
@@ -80,10 +87,13 @@ handlers = {
     "FailLate": grpc.unary_stream_rpc_method_handler(fail_late),
     "Sleep": grpc.unary_unary_rpc_method_handler(sleep),
     "Remaining": grpc.unary_unary_rpc_method_handler(remaining),
+    "Pause": grpc.unary_stream_rpc_method_handler(pause),
     "Endless": grpc.unary_stream_rpc_method_handler(endless),
     "WasCancelled": grpc.unary_unary_rpc_method_handler(was_cancelled),
 }
-server = grpc.server(futures.ThreadPoolExecutor(16), options=[("grpc.max_receive_message_length", -1)])
+# The second PING too many is met with "Too many pings", not the third.
+options = [("grpc.max_receive_message_length", -1), ("grpc.http2.max_ping_strikes", 1)]
+server = grpc.server(futures.ThreadPoolExecutor(16), options=options)
 server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("tests.Echo", handlers),))
 server.add_insecure_port(f"0.0.0.0:{sys.argv[1]}")
 server.start()
