@@ -43,14 +43,14 @@ impl Received {
                 Some(Err(error)) if error.reason() == Some(Reason::NO_ERROR) && self.left == Some(0) => {
                     return Poll::Ready(None);
                 }
-                // As text: the reason is of this hop. On the next, REFUSED_STREAM would say that nothing was
-                // processed, and NO_ERROR that all was.
-                Some(Err(error)) => return Poll::Ready(Some(Err(error.to_string().into()))),
+                Some(Err(error)) => return Poll::Ready(Some(Err(as_text(&error)))),
                 None => self.data_ended = true,
             }
         }
         let trailers = ready!(self.stream.poll_trailers(context));
-        Poll::Ready(trailers.map_err(BodyError::from).transpose().map(|read| read.map(Frame::trailers)))
+        Poll::Ready(
+            trailers.map_err(|error| as_text(&error)).transpose().map(|read| read.map(Frame::trailers)),
+        )
     }
 
     /// Neither the answer nor the rest of its request is wanted.
@@ -76,4 +76,10 @@ impl Drop for Received {
             rest.goes_on();
         }
     }
+}
+
+/// The reason is of this hop alone: on the next, REFUSED_STREAM would say that nothing was processed, and NO_ERROR that
+/// all was.
+fn as_text(error: &h2::Error) -> BodyError {
+    error.to_string().into()
 }
