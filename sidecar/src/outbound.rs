@@ -127,9 +127,9 @@ impl Outbound {
         }
         let found = self.directory.borrow().lookup(meant, &self.virtual_addresses);
         match found {
-            Destination::Service(service) => Ok(Target::Service(self.upstreams.get(&service))),
+            Destination::Service(service) => Ok(Target::Service(self.upstreams.get(service).await)),
             Destination::Endpoint(service, endpoint) => {
-                Ok(Target::Endpoint(self.upstreams.get(&service), endpoint))
+                Ok(Target::Endpoint(self.upstreams.get(service).await, endpoint))
             }
             Destination::Unasked(name) if self.registry.is_there() => {
                 Box::pin(self.named(&name)).await.map(Target::Service)
@@ -150,7 +150,7 @@ impl Outbound {
     async fn named(&self, name: &ServiceName) -> Result<Arc<Upstream>> {
         let known = self.directory.borrow().service(name).cloned();
         if let Some(service) = known {
-            return Ok(self.upstreams.get(&service));
+            return Ok(self.upstreams.get(service).await);
         }
         if let Some(upstream) = self.upstreams.called_before(name) {
             return Ok(upstream);
@@ -159,11 +159,11 @@ impl Outbound {
             let detail = format!("`{name}` is in no service file, and no registry is set");
             return Err(Failed::new(Failure::NoEndpoint, detail));
         }
-        let said = self.registry.ask(name).await;
-        said.map(|service| self.upstreams.get(&service)).ok_or_else(|| {
+        let Some(service) = self.registry.ask(name).await else {
             let detail = format!("the registry says nothing about `{name}` in time");
-            Failed::new(Failure::RegistryUnavailable, detail)
-        })
+            return Err(Failed::new(Failure::RegistryUnavailable, detail));
+        };
+        Ok(self.upstreams.get(service).await)
     }
 
     async fn carry(

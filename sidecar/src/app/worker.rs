@@ -44,7 +44,7 @@ async fn carry(shared: &Arc<Shared>, listeners: Listeners, delivery: Delivery, d
         tokio::spawn(async move {
             loop {
                 tokio::time::sleep(SWEEP).await;
-                pool.sweep(Instant::now());
+                pool.sweep(Instant::now()).await;
             }
         });
     }
@@ -88,7 +88,7 @@ fn taken_over(listeners: Vec<StdListener>) -> Vec<TcpListener> {
 }
 
 /// What an accept loop met. A connection over the cap is refused like any other; where descriptors run out, those of
-/// connections that nobody uses are freed; a panic is a bug of ours, which the record of the connection has counted.
+/// some connections that nobody uses are freed; a panic is a bug of ours, which the record of the connection has counted.
 fn tell(
     shared: &Arc<Shared>,
     direction: Direction,
@@ -96,7 +96,7 @@ fn tell(
 ) -> impl Fn(Incident) + Clone + Send + 'static {
     let telemetry = shared.telemetry.clone();
     move |incident| match incident {
-        Incident::NoDescriptor => pools.iter().for_each(|pool| pool.close_idle(Instant::now())),
+        Incident::NoDescriptor => pools.iter().for_each(|pool| pool.make_room(Instant::now())),
         Incident::Full(client) => {
             let full = Failed::new(Failure::Overloaded, "the bound of connections at a time is reached");
             telemetry.connection(direction, client).fail(full);

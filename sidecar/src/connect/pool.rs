@@ -1,26 +1,19 @@
 //! Open HTTP connections, lent to calls. HTTP/2 connections are shared by as many streams as their window
 //! holds; HTTP/1 connections go to one call at a time. Each worker has its own pool.
 
+mod lease;
+mod shelves;
+
 use std::{
-    collections::HashMap,
-    hash::{BuildHasherDefault, Hash, Hasher},
+    hash::{Hash, Hasher},
     io,
     net::SocketAddr,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
-use bytes::Bytes;
-use fnv::FnvHasher;
-use futures_util::{
-    FutureExt,
-    future::{self, Either},
-};
-use h2::client::SendRequest;
-use hyper::{Request, Response, client::conn::http1};
+use futures_util::future;
+use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::{
     sync::watch,
@@ -28,17 +21,20 @@ use tokio::{
 };
 use weft_proto::spiffe::SpiffeId;
 
+pub use self::lease::{InUse, Lease};
+use self::{
+    lease::{Connection, Http1, Http2, Http2Stream},
+    shelves::{Idle, Shelf, Shelves},
+};
 use super::{
     Connector, Secured, SendFailed,
-    http2::{self, STREAMS, handshake, is_open, silence},
-    idle::idle_limit,
+    http2::{handshake, silence},
     standing::Standing,
 };
 use crate::{
-    http::Body,
     model::{Failed, Failure, HttpVersion, Protocol, Result},
     telemetry::{Metrics, OpenConnection},
-    tls::{self, Alpn, VerifiedPeer},
+    tls::{self, Alpn},
 };
 
 /// What must be the same for a connection to be used again.
@@ -73,8 +69,6 @@ pub enum Security {
 const HTTP1_BUFFER: usize = 128 * 1024;
 /// Connections to one key; past it a call is refused rather than queued without bound.
 const CONNECTIONS_PER_KEY: usize = 256;
-/// A connection that is idle for less may just have been dialled for a call that has not taken it yet.
-const JUST_USED: Duration = Duration::from_millis(100);
 /// Idle HTTP/1 connections kept per key: as many as an app under load has had at a time, or each burst of calls dials
 /// anew; there are never more than requests at a time. The youngest are used first, so those that are too many grow
 /// old and are closed.
@@ -84,69 +78,13 @@ const IDLE_PER_KEY: usize = 16_384;
 pub struct Pool {
     connector: Connector,
     metrics: Arc<Metrics>,
-    shelves: Mutex<Shelves>,
-}
-
-/// Asked at every request. Of a key a stranger chooses the port at most, which cannot make many of one hash.
-type Shelves = HashMap<Key, Shelf, BuildHasherDefault<FnvHasher>>;
-
-#[derive(Default)]
-struct Shelf {
-    http2: Vec<Arc<Http2>>,
-    /// A dial is under way; whoever waits for it hears how it ended.
-    dialing: Option<watch::Receiver<Option<Result<()>>>>,
-    http1: Vec<Idle>,
-}
-
-struct Http2 {
-    sender: SendRequest<Bytes>,
-    peer: Option<VerifiedPeer>,
-    standing: Standing,
-    streams: AtomicUsize,
-    idle_since: Mutex<Instant>,
-}
-
-struct Idle {
-    connection: Http1,
-    since: Instant,
-}
-
-struct Http1 {
-    sender: http1::SendRequest<Body>,
-    peer: Option<VerifiedPeer>,
-    standing: Standing,
-}
-
-/// The head of an answer and its connection, or why there is none.
-pub type Sent = std::result::Result<(Response<Body>, InUse), SendFailed>;
-
-/// A connection for one call.
-pub struct Lease {
-    connection: Connection,
-    /// The connection was used before: it may have been closed by the other side meanwhile.
-    pub reused: bool,
-}
-
-enum Connection {
-    Http2(Http2Stream),
-    Http1(Http1, Option<(Arc<Pool>, Key)>),
-}
-
-/// One stream of an HTTP/2 connection; gives its place back when dropped.
-struct Http2Stream {
-    connection: Arc<Http2>,
-    sender: SendRequest<Bytes>,
-}
-
-/// Keeps a connection in use until the answer's body has ended.
-pub struct InUse {
-    connection: Connection,
+    shelves: Shelves,
 }
 
 impl Pool {
     /// An empty pool that dials with `connector`.
     pub fn new(connector: Connector, metrics: Arc<Metrics>) -> Arc<Self> {
-        Arc::new(Pool { connector, metrics, shelves: Mutex::default() })
+        Arc::new(Pool { connector, metrics, shelves: Shelves::new() })
     }
 
     /// Lends a connection, dialling within `limit` where none is free.
@@ -187,7 +125,7 @@ impl Pool {
         key: &Key,
         limit: Duration,
     ) -> Result<std::result::Result<Http2Stream, watch::Receiver<Option<Result<()>>>>> {
-        let mut shelves = self.shelves();
+        let mut shelves = self.shelves.part(key);
         if !shelves.contains_key(key) {
             shelves.insert(key.clone(), Shelf::default());
         }
@@ -214,7 +152,7 @@ impl Pool {
 
     async fn dial_http2(self: Arc<Self>, key: Key, limit: Duration, tell: watch::Sender<Option<Result<()>>>) {
         let opened = self.open_http2(&key, limit).await;
-        let mut shelves = self.shelves();
+        let mut shelves = self.shelves.part(&key);
         let outcome = opened.map(|connection| shelves.entry(key.clone()).or_default().http2.push(connection));
         if let Some(shelf) = shelves.get_mut(&key) {
             shelf.dialing = None;
@@ -246,13 +184,7 @@ impl Pool {
         let open = self.metrics.pool_connection(Protocol::Http2);
         let driving = standing.clone().drive(driver, peer.clone(), self.connector.clone(), dead, Some(open));
         tokio::spawn(driving);
-        Ok(Arc::new(Http2 {
-            sender,
-            peer,
-            standing,
-            streams: AtomicUsize::new(0),
-            idle_since: Mutex::new(Instant::now()),
-        }))
+        Ok(Http2::new(sender, peer, standing))
     }
 
     async fn lend_http1(self: &Arc<Self>, key: &Key, limit: Duration) -> Result<Lease> {
@@ -268,7 +200,7 @@ impl Pool {
     }
 
     fn take_idle(&self, key: &Key) -> Option<Idle> {
-        let mut shelves = self.shelves();
+        let mut shelves = self.shelves.part(key);
         let shelf = shelves.get_mut(key)?;
         // The youngest first: the others may grow old and be closed. They may be many, and are not looked at here.
         let mut at = shelf.http1.len();
@@ -288,36 +220,31 @@ impl Pool {
         if !connection.is_usable() {
             return;
         }
-        let mut shelves = self.shelves();
+        let mut shelves = self.shelves.part(&key);
         let shelf = shelves.entry(key).or_default();
         if shelf.http1.len() < IDLE_PER_KEY {
             shelf.http1.push(Idle { connection, since: Instant::now() });
         }
     }
 
-    /// Closes connections that were idle for too long. Called now and then.
-    pub fn sweep(&self, now: Instant) {
-        let mut shelves = self.shelves();
-        let mut ages: Vec<Duration> = shelves.values().flat_map(|shelf| shelf.idle_for(now)).collect();
-        close_idle_for(&mut shelves, idle_limit(&mut ages), now);
+    /// Closes connections that were idle for too long, a few at a time: calls go on between. Called now and then.
+    pub async fn sweep(&self, now: Instant) {
+        self.shelves.sweep(now).await;
     }
 
     /// Where a dial failed for want of a descriptor, the next one shall find some.
     fn making_room<T>(&self, dialled: Result<T>) -> Result<T> {
         dialled.inspect_err(|failed| {
             if failed.failure == Failure::Overloaded {
-                self.close_idle(Instant::now());
+                self.make_room(Instant::now());
             }
         })
     }
 
-    /// Closes all idle connections but those that were used this very moment, for want of descriptors.
-    pub fn close_idle(&self, now: Instant) {
-        close_idle_for(&mut self.shelves(), JUST_USED, now);
-    }
-
-    fn shelves(&self) -> MutexGuard<'_, Shelves> {
-        self.shelves.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Closes some of the connections that nobody uses, but none that was used this very moment: for want of
+    /// descriptors.
+    pub fn make_room(&self, now: Instant) {
+        self.shelves.make_room(now);
     }
 }
 
@@ -328,18 +255,6 @@ impl Pool {
 pub async fn one_off(connector: &Connector, key: &Key, limit: Duration) -> Result<Lease> {
     let connection = open_http1(connector, key, limit, None).await?;
     Ok(Lease { connection: Connection::Http1(connection, None), reused: false })
-}
-
-fn close_idle_for(shelves: &mut Shelves, limit: Duration, now: Instant) {
-    let stays = |idle_for: Option<Duration>| idle_for.is_none_or(|age| age < limit);
-    shelves.retain(|_, shelf| {
-        shelf.http2.retain(|connection| connection.is_usable() && stays(connection.idle_for(now)));
-        shelf.http1.retain(|idle| idle.connection.is_usable() && stays(Some(now.duration_since(idle.since))));
-        !shelf.http2.is_empty() || !shelf.http1.is_empty() || shelf.dialing.is_some()
-    });
-    if shelves.len() < shelves.capacity() / 4 {
-        shelves.shrink_to_fit();
-    }
 }
 
 fn silent(address: SocketAddr) -> Failed {
@@ -368,123 +283,6 @@ async fn open_http1(
     let (driver, connector) = (driver.with_upgrades(), connector.clone());
     tokio::spawn(standing.clone().drive(driver, peer.clone(), connector, future::pending(), open));
     Ok(Http1 { sender, peer, standing })
-}
-
-impl Shelf {
-    fn idle_for(&self, now: Instant) -> impl Iterator<Item = Duration> {
-        let http1 = self.http1.iter().map(move |idle| now.duration_since(idle.since));
-        self.http2.iter().filter_map(move |connection| connection.idle_for(now)).chain(http1)
-    }
-}
-
-impl Http1 {
-    fn is_usable(&self) -> bool {
-        !self.standing.is_retired() && !self.sender.is_closed()
-    }
-}
-
-impl Http2 {
-    fn is_usable(&self) -> bool {
-        !self.standing.is_retired()
-    }
-
-    /// For how long no call has used it; none while one does.
-    fn idle_for(&self, now: Instant) -> Option<Duration> {
-        let since = *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner);
-        (self.streams.load(Ordering::Relaxed) == 0).then(|| now.duration_since(since))
-    }
-}
-
-impl Http2Stream {
-    fn take(connection: &Arc<Http2>) -> Option<Self> {
-        let mut sender = connection.sender.clone();
-        if !is_open(&mut sender) {
-            connection.standing.retire();
-            return None;
-        }
-        // What goes past the server's bound would wait for another stream's end.
-        let most = sender.current_max_send_streams().clamp(1, STREAMS);
-        // Only this worker takes streams of this connection, so that load and add need not be one step.
-        if connection.streams.load(Ordering::Relaxed) >= most {
-            return None;
-        }
-        connection.streams.fetch_add(1, Ordering::Relaxed);
-        Some(Http2Stream { connection: connection.clone(), sender })
-    }
-}
-
-impl Drop for Http2Stream {
-    fn drop(&mut self) {
-        let connection = &self.connection;
-        if connection.streams.fetch_sub(1, Ordering::Relaxed) == 1 {
-            *connection.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
-        }
-    }
-}
-
-impl Lease {
-    /// Begins to send a request at once (it is large: each future that it waits in would move it), then waits for the
-    /// head of its answer. The connection stays in use until the returned guard is dropped or finished.
-    ///
-    /// # Errors
-    /// What happened, and whether it is certain that nothing was processed.
-    pub fn send(self, request: Request<Body>) -> impl Future<Output = Sent> {
-        let mut in_use = InUse { connection: self.connection };
-        let sending = match &mut in_use.connection {
-            Connection::Http2(stream) => Either::Left(http2::send(&mut stream.sender, request)),
-            Connection::Http1(http1, _) => Either::Right(send_http1(http1, request)),
-        };
-        async move {
-            match (sending.await, in_use.cut()) {
-                (Ok(response), _) => Ok((response, in_use)),
-                // Whatever it was doing when we cut it, it may have done.
-                (Err(_), Some(reason)) => {
-                    Err(SendFailed { failed: reason.clone(), nothing_processed: false })
-                }
-                (Err(failed), None) => Err(failed),
-            }
-        }
-    }
-}
-
-fn send_http1(
-    http1: &mut Http1,
-    request: Request<Body>,
-) -> impl Future<Output = std::result::Result<Response<Body>, SendFailed>> + use<> {
-    http1.sender.try_send_request(request).map(|sent| {
-        let response =
-            sent.map_err(|error| SendFailed::from_hyper(error.error(), error.message().is_some()))?;
-        Ok(response.map(Body::from))
-    })
-}
-
-impl InUse {
-    /// Who proved to be there; none in plaintext.
-    pub fn peer(&self) -> Option<&VerifiedPeer> {
-        match &self.connection {
-            Connection::Http2(stream) => stream.connection.peer.as_ref(),
-            Connection::Http1(connection, _) => connection.peer.as_ref(),
-        }
-    }
-
-    /// Why we cut the connection, if we did.
-    pub fn cut(&self) -> Option<&Failed> {
-        self.standing().cut()
-    }
-
-    fn standing(&self) -> &Standing {
-        match &self.connection {
-            Connection::Http2(stream) => &stream.connection.standing,
-            Connection::Http1(connection, _) => &connection.standing,
-        }
-    }
-
-    /// The answer's body was read to its end: the connection may serve another call.
-    pub fn finished(self) {
-        if let Connection::Http1(connection, Some((pool, key))) = self.connection {
-            pool.take_back(key, connection);
-        }
-    }
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use tokio::{sync::watch, time::Instant};
+use tokio::{sync::watch, task::spawn_blocking, time::Instant};
 
 use crate::{
     balance::{Balancer, Picked},
@@ -19,10 +19,16 @@ use crate::{
     telemetry::{Direction, ServiceMetrics, Telemetry},
 };
 
+/// The handle of a service with so many endpoints is made beside the workers: room for 10,000 takes a millisecond, and
+/// several where the machine has to find the memory first.
+const MANY: usize = 1_000;
+
 /// One service that the app calls.
 pub struct Upstream {
     name: ServiceName,
     known: ArcSwap<Known>,
+    /// Held while it is put in step with discovery.
+    following: Mutex<()>,
     /// Keeps the registry's watch alive while the service is called; none without a registry.
     interest: Option<Arc<Interest>>,
     /// Load and breakers of its endpoints.
@@ -134,6 +140,8 @@ impl Upstream {
 /// The services that the app calls, shared by all workers.
 pub struct Upstreams {
     by_name: Mutex<HashMap<ServiceName, Arc<Upstream>>>,
+    /// Held while the handle of a service with many endpoints is made.
+    adding: tokio::sync::Mutex<()>,
     directory: watch::Receiver<Arc<Directory>>,
     policies: watch::Receiver<Arc<Policies>>,
     registry: Arc<Registry>,
@@ -154,6 +162,7 @@ impl Upstreams {
         let default_policy = Arc::new(default_policy);
         Arc::new(Upstreams {
             by_name: Mutex::default(),
+            adding: tokio::sync::Mutex::default(),
             directory,
             policies,
             registry,
@@ -163,11 +172,28 @@ impl Upstreams {
     }
 
     /// The handle of a service; made at the first call.
-    pub fn get(&self, service: &Arc<Service>) -> Arc<Upstream> {
-        let mut by_name = lock(&self.by_name);
-        if let Some(upstream) = by_name.get(&service.name) {
-            return upstream.clone();
+    pub async fn get(self: &Arc<Self>, service: Arc<Service>) -> Arc<Upstream> {
+        let called_before = lock(&self.by_name).get(&service.name).cloned();
+        match called_before {
+            Some(upstream) => upstream,
+            None if service.endpoints.len() < MANY => self.add(&service),
+            None => Box::pin(self.add_beside(service)).await,
         }
+    }
+
+    /// One at a time: of those who wait for the same service the first one makes its handle for all.
+    async fn add_beside(self: &Arc<Self>, service: Arc<Service>) -> Arc<Upstream> {
+        let _alone = self.adding.lock().await;
+        let made_meanwhile = lock(&self.by_name).get(&service.name).cloned();
+        if let Some(upstream) = made_meanwhile {
+            return upstream;
+        }
+        let (upstreams, added) = (self.clone(), service.clone());
+        let added = spawn_blocking(move || upstreams.add(&added)).await;
+        added.unwrap_or_else(|_panicked| self.add(&service))
+    }
+
+    fn add(&self, service: &Arc<Service>) -> Arc<Upstream> {
         let policy = self.policy(&service.name);
         let balancer = Balancer::new(policy.breaker.clone(), fastrand::u64(..));
         balancer.update(service.clone());
@@ -177,10 +203,22 @@ impl Upstreams {
             budget: Mutex::new(Bucket::new(&policy.retries.budget, Instant::now())),
             metrics: self.telemetry.metrics().service(Direction::Outbound, service.name.as_str(), ""),
             known: ArcSwap::from_pointee(Known::new(service.clone(), policy)),
+            following: Mutex::default(),
             interest: self.registry.interest(&service.name),
         });
-        by_name.insert(service.name.clone(), upstream.clone());
+        // Of two first calls at a time the second one takes what the first one made.
+        let upstream =
+            lock(&self.by_name).entry(service.name.clone()).or_insert_with(|| upstream.clone()).clone();
+        // Something newer may have come before it was in the table.
+        self.refresh(&upstream);
         upstream
+    }
+
+    /// Puts a handle in step with what discovery and policy say now. Who comes last sees what is newest.
+    fn refresh(&self, upstream: &Upstream) {
+        let _alone = lock(&upstream.following);
+        let found = self.directory.borrow().service(upstream.name()).cloned();
+        upstream.follow(found.as_ref(), self.policy(upstream.name()));
     }
 
     /// The handle of a service that was called before and of which something is known, though nobody watches it
@@ -211,7 +249,7 @@ impl Upstreams {
             let services = directory.borrow_and_update().clone();
             policies.borrow_and_update();
             for upstream in self.all() {
-                upstream.follow(services.service(upstream.name()), self.policy(upstream.name()));
+                self.refresh(&upstream);
             }
             self.forget(&services);
         }
@@ -235,3 +273,6 @@ impl Upstreams {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;

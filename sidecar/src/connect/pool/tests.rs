@@ -1,5 +1,8 @@
 //! Idle connections of the pool, over real sockets. Each address of 127.0.0.0/8 counts as a server of its own.
 
+use std::pin::pin;
+
+use futures_util::poll;
 use tokio::net::TcpListener;
 
 use super::*;
@@ -28,16 +31,21 @@ fn key(number: u8, port: u16) -> Key {
     Key { address, security: Security::Plain, version: HttpVersion::Http2 }
 }
 
+fn pool() -> Arc<Pool> {
+    let (_, credentials) = watch::channel(None);
+    Pool::new(Connector::new(Dialer::Direct, credentials, Duration::ZERO), Arc::new(Metrics::new()))
+}
+
 fn open(pool: &Pool) -> Vec<u8> {
-    let shelves = pool.shelves();
-    let mut open: Vec<u8> = shelves
-        .iter()
-        .filter(|(_, shelf)| !shelf.http2.is_empty())
-        .map(|(key, _)| match key.address.ip() {
-            std::net::IpAddr::V4(address) => address.octets()[3],
-            std::net::IpAddr::V6(_) => 0,
-        })
-        .collect();
+    let mut open = Vec::new();
+    for part in pool.shelves.all() {
+        open.extend(part.iter().filter(|(_, shelf)| !shelf.http2.is_empty()).map(|(key, _)| {
+            match key.address.ip() {
+                std::net::IpAddr::V4(address) => address.octets()[3],
+                std::net::IpAddr::V6(_) => 0,
+            }
+        }));
+    }
     open.sort_unstable();
     open
 }
@@ -45,27 +53,47 @@ fn open(pool: &Pool) -> Vec<u8> {
 #[tokio::test]
 async fn of_many_idle_connections_the_youngest_stay_and_none_for_long() {
     let port = silent_server().await;
-    let (_credentials, credentials) = watch::channel(None);
-    let pool =
-        Pool::new(Connector::new(Dialer::Direct, credentials, Duration::ZERO), Arc::new(Metrics::new()));
+    let pool = pool();
     let in_use = pool.lend(&key(0, port), LIMIT).await.unwrap();
     for number in 1..=MANY {
         drop(pool.lend(&key(number, port), LIMIT).await.unwrap());
     }
     let now = Instant::now();
-    pool.sweep(now + Duration::from_secs(9));
+    pool.sweep(now + Duration::from_secs(9)).await;
     assert_eq!(open(&pool), (0..=MANY).collect::<Vec<_>>());
-    pool.sweep(now + Duration::from_secs(10));
+    pool.sweep(now + Duration::from_secs(10)).await;
     let youngest: Vec<u8> = (MANY - STAY as u8 + 1..=MANY).collect();
     assert_eq!(open(&pool), [&[0], &youngest[..]].concat(), "the one in use, and the youngest");
-    pool.sweep(now + Duration::from_secs(50));
+    pool.sweep(now + Duration::from_secs(50)).await;
     assert_eq!(open(&pool).len(), 1 + STAY);
-    pool.sweep(now + Duration::from_secs(60));
+    pool.sweep(now + Duration::from_secs(60)).await;
     assert_eq!(open(&pool), [0], "the one in use");
     drop(pool.lend(&key(1, port), LIMIT).await.unwrap());
-    pool.close_idle(Instant::now() + Duration::from_millis(100));
+    pool.make_room(Instant::now() + Duration::from_millis(100));
     assert_eq!(open(&pool), [0], "the one in use");
     drop(in_use);
-    pool.close_idle(Instant::now() + Duration::from_millis(100));
+    pool.make_room(Instant::now() + Duration::from_millis(100));
     assert!(open(&pool).is_empty());
+}
+
+#[tokio::test]
+async fn a_sweep_closes_a_few_at_a_time_and_lets_others_run() {
+    const OPEN: usize = 30;
+    let port = silent_server().await;
+    let pool = pool();
+    let key = Key { version: HttpVersion::Http1, ..key(1, port) };
+    for _ in 0..OPEN {
+        pool.take_back(key.clone(), open_http1(&pool.connector, &key, LIMIT, None).await.unwrap());
+    }
+    let left = || pool.shelves.part(&key).get(&key).map_or(0, |shelf| shelf.http1.len());
+    let mut sweep = pin!(pool.sweep(Instant::now() + Duration::from_secs(60)));
+    let (mut before, mut steps) = (left(), 0);
+    assert_eq!(before, OPEN);
+    while poll!(sweep.as_mut()).is_pending() {
+        assert!(before - left() <= 8, "{before} before a step, {} after it", left());
+        before = left();
+        steps += 1;
+    }
+    assert_eq!(left(), 0);
+    assert!(steps >= 4, "{steps}");
 }

@@ -1,0 +1,48 @@
+//! The first call of a service.
+
+use futures_util::future::join_all;
+
+use super::*;
+use crate::{
+    config::AccessLogMode,
+    model::Endpoint,
+    telemetry::{AccessLog, AccessLogTarget, Metrics, TraceSettings},
+};
+
+fn service(endpoints: usize) -> Arc<Service> {
+    let address = |number: usize| SocketAddr::from(([10, 0, (number / 250) as u8, (number % 250) as u8], 80));
+    Arc::new(Service {
+        endpoints: (0..endpoints).map(|number| Endpoint::at(address(number))).collect(),
+        ..Service::named("orders".parse().unwrap())
+    })
+}
+
+/// Follows a directory in which the service is.
+fn upstreams(service: &Arc<Service>) -> Arc<Upstreams> {
+    let metrics = Arc::new(Metrics::new());
+    let log = AccessLog::open(AccessLogMode::Off, &AccessLogTarget::Stdout, &metrics).unwrap();
+    let (telemetry, _) = Telemetry::new(&TraceSettings::read(|_| None, "test").0, log, metrics);
+    let directory = watch::channel(Arc::new(Directory::new(vec![(**service).clone()]))).1;
+    let policies = watch::channel(Arc::new(Policies::default())).1;
+    let registry = Arc::new(Registry::none(directory.clone()));
+    Upstreams::new(directory, policies, registry, Policy::default(), telemetry)
+}
+
+#[tokio::test]
+async fn of_many_first_calls_one_makes_the_handle() {
+    let service = service(MANY);
+    let upstreams = upstreams(&service);
+    let handles = join_all((0..20).map(|_| upstreams.get(service.clone()))).await;
+    assert!(handles.iter().all(|handle| Arc::ptr_eq(handle, &handles[0])));
+    assert_eq!(handles[0].balancer.states(Instant::now()).len(), MANY);
+}
+
+#[tokio::test]
+async fn a_handle_that_was_made_of_something_old_is_brought_up_to_date() {
+    for (old, now) in [(1, 2), (MANY, MANY + 1)] {
+        let newer = service(now);
+        let handle = upstreams(&newer).get(service(old)).await;
+        assert_eq!(handle.known().service.endpoints.len(), now);
+        assert_eq!(handle.balancer.states(Instant::now()).len(), now);
+    }
+}
