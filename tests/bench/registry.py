@@ -10,15 +10,14 @@ import concurrent.futures
 import contextlib
 import http.client
 import json
-import mmap
 import os
 import re
 import socket
-import struct
 import sys
 import time
 
 from machine import Asked, Failed, Machine, Signals, run, wait
+from polls import Probes, Recording
 
 USER = 1337
 SERVICES = 50  # that one sidecar dials, in the cases with many sidecars
@@ -50,7 +49,7 @@ def main():
     try:
         machine = Machine(Signals())
         cases = {
-            "endpoints": lambda place: endpoints(place, arguments.endpoints),
+            "endpoints": lambda place: endpoints(place, arguments.endpoints, arguments.rounds),
             "10x50": lambda place: sidecars(place, 10, ""),
             "200x50": lambda place: sidecars(place, 200, "limits { http_max_conns_per_client = 8192 }"),
         }
@@ -76,6 +75,7 @@ def parse():
     )
     parser.add_argument("--case", action="append")
     parser.add_argument("--endpoints", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--binaries", required=True)
     return parser.parse_args()
 
@@ -196,31 +196,6 @@ def accepts(namespace, port):
 # --- one service with many endpoints ----------------------------------------------------------------------------
 
 
-class Turns:
-    """What turns.c has written, by the name of the thread."""
-
-    def __init__(self, process, folder):
-        self.files = {}
-        for thread in os.listdir(folder):
-            with contextlib.suppress(OSError), open(f"/proc/{process.pid}/task/{thread}/comm") as comm:
-                file = os.open(os.path.join(folder, thread), os.O_RDWR)
-                self.files.setdefault(comm.read().strip(), []).append(mmap.mmap(file, 24))
-                os.close(file)
-
-    def begin(self):
-        for page in self.pages():
-            page[:] = bytes(24)
-
-    def pages(self):
-        return [page for pages in self.files.values() for page in pages]
-
-    def longest_ms(self, thread):
-        return max(struct.unpack("=qqq", page[:])[0] for page in self.files[thread]) / 1e6
-
-    def sum_ms(self, thread):
-        return sum(struct.unpack("=qqq", page[:])[1] for page in self.files[thread]) / 1e6
-
-
 class Caller:
     """An app that calls through a sidecar over one connection, one request at a time."""
 
@@ -250,90 +225,119 @@ class Caller:
         return longest * 1000
 
 
-def endpoints(place, count):
-    """The longest turn of the worker when a service of so many endpoints is met, and when it changes."""
+def endpoints(place, count, rounds):
+    """The longest polls of the worker when a service of so many endpoints is met, and when it changes."""
     place.start_consul("")
     say(f"registering {count} instances")
     nodes = [f"node-{number}" for number in range((count + 99) // 100)]
-    for node in nodes:
-        place.node(node)
     address = lambda number: f"127.1.{number // 250}.{number % 250 + 1}"
-    instance = lambda number, weight=100: (
-        nodes[number // 100], "big", f"big-{number}", address(number), ONE, weight)  # fmt: skip
-    place.register([instance(number) for number in range(count)])
-    folder = place.path("turns")
-    os.makedirs(folder)
-    os.chmod(folder, 0o777)
-    library = place.path("turns.so")
-    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "turns.c")
-    run(["cc", "-O2", "-Wall", "-shared", "-fPIC", "-o", library, source])
-    environment = {"LD_PRELOAD": library, "TURNS": folder}
+    instances = lambda numbers, weight=100: [
+        (nodes[number // 100], "big", f"big-{number}", address(number), ONE, weight) for number in numbers]  # fmt: skip
+
+    def enter(some_nodes, numbers):
+        for node in some_nodes:
+            place.node(node)
+        place.register(instances(numbers))
+
+    enter(nodes, range(count))
     place.node("small")
     place.register([("small", "small", "small-1", "127.0.0.1", ONE, 100)])
-    upstreams = ["--upstream", "127.0.0.1:24000=small", "--upstream", "127.0.0.1:24001=big"]
-    sidecar = place.run_sidecar(0, upstreams, environment)
-    place.wait_until_ready(0, sidecar)
-    turns = Turns(sidecar, folder)
-    rows = []
-
-    def measure(what, action):
-        turns.begin()
-        before = {thread: cpu_ms(sidecar, thread) for thread in threads(sidecar)}
-        longest = action()
-        after = {thread: cpu_ms(sidecar, thread) for thread in threads(sidecar)}
-        main = str(sidecar.pid)
-        worker = next(thread for thread in after if name_of(sidecar, thread) == "worker-0")
-        spent = {thread: after[thread] - before.get(thread, 0) for thread in after}
-        rest = sum(spent[thread] for thread in spent if thread not in (main, worker))
-        rows.append((what, turns.longest_ms("worker-0"), spent[worker], spent[main], rest, longest))
-
-    small = Caller(place, 24000)
-    measure("calls of another service, 2 s", lambda: small.call_for(2))
-
-    def first():
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            going_on = pool.submit(small.call_for, 3)
-            Caller(place, 24001).call()
-            return going_on.result()
-
-    measure("the first call of the service", first)
-    big = Caller(place, 24001)
-
-    def nothing():
-        return big.call_for(3)
-
-    measure("calls of the service without a change, 3 s", nothing)
-
-    def changes(numbers, weight):
-        def action():
-            with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                going_on = pool.submit(big.call_for, 4)
-                place.register([instance(number, weight) for number in numbers])
-                return going_on.result()
-
-        return action
-
-    measure("one instance changes its weight", changes([7], 50))
-    measure("another", changes([8], 50))
-    measure("1,000 instances change theirs, in 16 transactions", changes(range(1000, 2000), 60))
-
-    def leave():
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            going_on = pool.submit(big.call_for, 6)
-            for node in nodes[len(nodes) // 2 :]:
-                place.put("/v1/catalog/deregister", {"Node": node})
-            return going_on.result()
-
-    measure("half of them leave, in 50 steps", leave)
-    bytes_read = len(place.here.get(8500, "/v1/health/service/big")[1])
-    print(f"One service of {count:,} endpoints (an answer of {bytes_read / 1e6:.1f} MB after half of them left), "
-          f"sidecar {sidecar.rss_mb():.0f} MB\n")  # fmt: skip
-    print("| | worker: longest turn, ms CPU | worker, ms CPU | control thread, ms CPU | threads beside, ms CPU | longest call, ms |")
-    print("|---|---:|---:|---:|---:|---:|")
-    for what, *figures in rows:
-        print(f"| {what} | " + " | ".join(f"{figure:.2f}" for figure in figures) + " |")
+    half = (count + 1) // 200
+    seen = [Seen(*step) for step in (
+        ("calls of another service, 1 s", 1, lambda _: None, "small"),
+        ("the first call of the service, 2 s", 2, lambda _: Caller(place, 24001).call(), "small"),
+        ("calls of the service without a change, 2 s", 2, lambda _: None, "big"),
+        ("one instance changes its weight, 1 s", 1, lambda round: place.register(instances([7], 110 + round)), "big"),
+        ("another, 1 s", 1, lambda round: place.register(instances([8], 110 + round)), "big"),
+        (f"1,000 instances change theirs, in {-(-1000 // TXN)} steps, 3 s", 3,
+         lambda round: place.register(instances(range(1000, 2000), 110 + round)), "big"),
+        (f"half of them leave, in {len(nodes) - half} steps, 4 s", 4,
+         lambda _: [place.put("/v1/catalog/deregister", {"Node": node}) for node in nodes[half:]], "big"),
+        (f"they come back, in {-(-(count - half * 100) // TXN)} steps, 6 s", 6,
+         lambda _: enter(nodes[half:], range(half * 100, count)), "big"),
+    )]  # fmt: skip
+    memory = []
+    with Probes(place.sidecar) as probes:
+        for round in range(rounds):
+            say(f"round {round + 1} of {rounds}")
+            memory.append(endpoints_once(place, round, probes, seen))
+    read = len(place.here.get(8500, "/v1/health/service/big")[1])
+    polls = [poll for step in seen for poll in step.polls]
+    over = lambda what, ms: sum(1 for poll in polls if getattr(poll, what) * 1e3 > ms)
+    paused = sum(poll.charged - poll.ran for poll in polls)
+    print(f"One service of {count:,} endpoints (an answer of {read / 1e6:.1f} MB), {rounds} rounds; the sidecar has "
+          f"{middle_of(memory):.0f} MB in the end. {len(polls):,} polls of its worker, of which {over('ran', 1)} ran for more than "
+          f"1 ms, {over('ran', 2)} for more than 2 ms, the longest for {longest(polls, 'ran'):.2f} ms. Charged with pauses of the "
+          f"processor ({paused * 1e3:.0f} ms): {over('charged', 1)}, {over('charged', 2)}, and {longest(polls, 'charged'):.2f} ms.\n")  # fmt: skip
+    print("| ms | worker: longest poll ran, middle round | longest | longest turn ran, middle round | longest "
+          "| worker, all | control thread | threads beside | longest call |")  # fmt: skip
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for step in seen:
+        print(f"| {step.what} | " + " | ".join(step.figures()) + " |")
+    for poll in polls:
+        if poll.where:
+            found = ", ".join(f"{times} x {where}" for where, times in poll.where.most_common(6))
+            print(f"\nA poll that ran for {poll.ran * 1e3:.2f} ms; where the timer found it: {found}")
     print(flush=True)
     place.stop()
+
+
+def endpoints_once(place, round, probes, seen):
+    """All steps with a sidecar that is new. Gives its memory in the end, in MB."""
+    upstreams = ["--upstream", "127.0.0.1:24000=small", "--upstream", "127.0.0.1:24001=big"]
+    sidecar = place.run_sidecar(round, upstreams)
+    place.wait_until_ready(round, sidecar)
+    worker = next(thread for thread in threads(sidecar) if name_of(sidecar, thread) == "worker-0")
+    callers, begun = {}, []
+    with Recording(place, probes, f"recording-{round}", worker) as recording:
+        for step in seen:
+            if step.service not in callers:
+                callers[step.service] = Caller(place, {"small": 24000, "big": 24001}[step.service])
+            before = {thread: cpu_ms(sidecar, thread) for thread in threads(sidecar)}
+            begun.append(time.monotonic())
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                going_on = pool.submit(callers[step.service].call_for, step.seconds)
+                step.action(round)
+                step.calls.append(going_on.result())
+            spent = {thread: cpu_ms(sidecar, thread) - before.get(thread, 0) for thread in threads(sidecar)}
+            step.worker.append(spent.pop(worker))
+            step.control.append(spent.pop(str(sidecar.pid)))
+            step.beside.append(sum(spent.values()))
+        begun.append(time.monotonic())
+        memory = sidecar.rss_mb()
+        polls, turns = recording.stop()
+    for step, begin, end in zip(seen, begun, begun[1:]):
+        step.add([poll for poll in polls if begin <= poll.begin < end], [turn for turn in turns if begin <= turn.begin < end])
+    place.machine.forget(sidecar)
+    return memory
+
+
+class Seen:
+    """A step of each round, and what it took in each."""
+
+    def __init__(self, what, seconds, action, service):
+        self.what, self.seconds, self.action, self.service = what, seconds, action, service
+        self.polls, self.poll_ms, self.turn_ms = [], [], []
+        self.worker, self.control, self.beside, self.calls = [], [], [], []
+
+    def add(self, polls, turns):
+        if not polls or not turns:
+            raise Failed(f"not one poll was seen in: {self.what}")
+        self.polls += polls
+        self.poll_ms.append(longest(polls, "ran"))
+        self.turn_ms.append(longest(turns, "ran"))
+
+    def figures(self):
+        most = [figure for ms in (self.poll_ms, self.turn_ms) for figure in (f"{middle_of(ms):.2f}", f"{max(ms):.2f}")]
+        return most + [f"{middle_of(ms):.0f}" for ms in (self.worker, self.control, self.beside, self.calls)]
+
+
+def longest(stretches, what):
+    return max(getattr(stretch, what) for stretch in stretches) * 1e3
+
+
+def middle_of(figures):
+    return sorted(figures)[len(figures) // 2]
 
 
 def threads(process):
