@@ -90,8 +90,8 @@ impl Pool {
     /// Lends a connection, dialling within `limit` where none is free.
     ///
     /// # Errors
-    /// Those of [`Connector::connect`]; `overloaded` past the bound of connections; `connect_timeout` where the server
-    /// closes each connection before it takes the call.
+    /// Those of [`Connector::connect`]; `overloaded` past the bound of connections; `connect_refused` where the server
+    /// closes the connection before it takes a call.
     pub async fn lend(self: &Arc<Self>, key: &Key, limit: Duration) -> Result<Lease> {
         match key.version {
             HttpVersion::Http2 => self.lend_http2(key, limit).await,
@@ -103,7 +103,7 @@ impl Pool {
         let mut reused = true;
         let over = Instant::now() + limit;
         loop {
-            let mut dialing = match self.take_or_dial(key, limit)? {
+            let mut dialing = match self.take_or_dial(key, limit, !reused)? {
                 Ok(stream) => return Ok(Lease { connection: Connection::Http2(stream), reused }),
                 Err(dialing) => dialing,
             };
@@ -119,11 +119,12 @@ impl Pool {
         }
     }
 
-    /// A free stream, or the dial to wait for.
+    /// A free stream, or the dial to wait for. `has_dialled`: this call has waited for one already.
     fn take_or_dial(
         self: &Arc<Self>,
         key: &Key,
         limit: Duration,
+        has_dialled: bool,
     ) -> Result<std::result::Result<Http2Stream, watch::Receiver<Option<Result<()>>>>> {
         let mut shelves = self.shelves.part(key);
         if !shelves.contains_key(key) {
@@ -132,9 +133,14 @@ impl Pool {
         let Some(shelf) = shelves.get_mut(key) else {
             return Err(Failed::new(Failure::Internal, "a shelf of the pool vanished"));
         };
-        shelf.http2.retain(|connection| connection.is_usable());
         if let Some(stream) = shelf.http2.iter().find_map(Http2Stream::take) {
             return Ok(Ok(stream));
+        }
+        let closed_unused = shelf.http2.iter().any(|connection| connection.was_closed_unused());
+        shelf.http2.retain(|connection| connection.is_usable());
+        if has_dialled && closed_unused {
+            let detail = format!("{}: it closes the connection before it takes a call", key.address);
+            return Err(Failed::new(Failure::ConnectRefused, detail));
         }
         if let Some(dialing) = &shelf.dialing {
             return Ok(Err(dialing.clone()));

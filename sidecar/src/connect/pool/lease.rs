@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -32,6 +32,7 @@ pub(super) struct Http2 {
     peer: Option<VerifiedPeer>,
     standing: Standing,
     streams: AtomicUsize,
+    was_used: AtomicBool,
     idle_since: Mutex<Instant>,
 }
 
@@ -80,12 +81,17 @@ impl Http2 {
         peer: Option<VerifiedPeer>,
         standing: Standing,
     ) -> Arc<Self> {
-        let (streams, idle_since) = (AtomicUsize::new(0), Mutex::new(Instant::now()));
-        Arc::new(Http2 { sender, peer, standing, streams, idle_since })
+        let (streams, was_used) = (AtomicUsize::new(0), AtomicBool::new(false));
+        Arc::new(Http2 { sender, peer, standing, streams, was_used, idle_since: Mutex::new(Instant::now()) })
     }
 
     pub(super) fn is_usable(&self) -> bool {
         !self.standing.is_retired()
+    }
+
+    /// It was closed before it took a call.
+    pub(super) fn was_closed_unused(&self) -> bool {
+        !self.is_usable() && !self.was_used.load(Ordering::Relaxed)
     }
 
     /// For how long no call has used it; none while one does.
@@ -98,6 +104,9 @@ impl Http2 {
 impl Http2Stream {
     /// None where the connection takes no further stream now.
     pub(super) fn take(connection: &Arc<Http2>) -> Option<Self> {
+        if !connection.is_usable() {
+            return None;
+        }
         let mut sender = connection.sender.clone();
         if !is_open(&mut sender) {
             connection.standing.retire();
@@ -110,6 +119,7 @@ impl Http2Stream {
             return None;
         }
         connection.streams.fetch_add(1, Ordering::Relaxed);
+        connection.was_used.store(true, Ordering::Relaxed);
         Some(Http2Stream { connection: connection.clone(), sender })
     }
 }

@@ -1,12 +1,17 @@
 //! Idle connections of the pool, over real sockets. Each address of 127.0.0.0/8 counts as a server of its own.
 
-use std::pin::pin;
+use std::{
+    pin::pin,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
+use bytes::Bytes;
 use futures_util::poll;
+use hyper::{Request, Response};
 use tokio::net::TcpListener;
 
 use super::*;
-use crate::connect::Dialer;
+use crate::{connect::Dialer, http::Body};
 
 /// More than may grow old.
 const MANY: u8 = 140;
@@ -96,4 +101,89 @@ async fn a_sweep_closes_a_few_at_a_time_and_lets_others_run() {
     }
     assert_eq!(left(), 0);
     assert!(steps >= 4, "{steps}");
+}
+
+#[tokio::test]
+async fn a_server_that_closes_each_connection_is_dialled_once() {
+    let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let dials = Arc::new(AtomicUsize::new(0));
+    let counted = dials.clone();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            counted.fetch_add(1, Ordering::Relaxed);
+            drop(stream);
+        }
+    });
+    let pool = pool();
+    // Where the call is quicker than the end of the connection it gets a stream, as on any that breaks later.
+    if let Err(failed) = pool.lend(&key(1, port), LIMIT).await {
+        assert_eq!(failed.failure, Failure::ConnectRefused, "{failed:?}");
+    }
+    assert_eq!(dials.load(Ordering::Relaxed), 1);
+}
+
+/// A server of HTTP/2 that takes so many streams at a time, answers with a head and no end, and, after so many answers,
+/// takes no more on that connection. Counts its connections.
+async fn server(streams: u32, answers: usize) -> (u16, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let connections = Arc::new(AtomicUsize::new(0));
+    let counted = connections.clone();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            counted.fetch_add(1, Ordering::Relaxed);
+            tokio::spawn(async move {
+                let mut builder = h2::server::Builder::new();
+                let mut connection =
+                    builder.max_concurrent_streams(streams).handshake::<_, Bytes>(stream).await.unwrap();
+                let mut held = Vec::new();
+                while let Some(Ok((_, mut respond))) = connection.accept().await {
+                    held.push(respond.send_response(Response::new(()), false).unwrap());
+                    if held.len() == answers {
+                        connection.graceful_shutdown();
+                    }
+                }
+            });
+        }
+    });
+    (port, connections)
+}
+
+/// Begins a call, and gives what keeps it in use.
+async fn call(pool: &Arc<Pool>, key: &Key) -> (Response<Body>, InUse) {
+    let request = Request::get("http://orders/").body(Body::empty()).unwrap();
+    pool.lend(key, LIMIT).await.unwrap().send(request).await.map_err(|failed| failed.failed).unwrap()
+}
+
+#[tokio::test]
+async fn a_server_of_few_streams_gets_more_connections() {
+    let (port, connections) = server(2, usize::MAX).await;
+    let (pool, key) = (pool(), key(1, port));
+    let mut calls = Vec::new();
+    for open in 1..=6 {
+        calls.push(call(&pool, &key).await);
+        assert_eq!(connections.load(Ordering::Relaxed), usize::div_ceil(open, 2), "{open} calls");
+    }
+}
+
+#[tokio::test]
+async fn connections_that_take_no_more_calls_leave_room_for_others() {
+    let (port, connections) = server(100, 1).await;
+    let (pool, key) = (pool(), key(1, port));
+    let mut calls = Vec::new();
+    for open in 1..=CONNECTIONS_PER_KEY + 10 {
+        calls.push(call(&pool, &key).await);
+        assert_eq!(connections.load(Ordering::Relaxed), open);
+        // The GOAWAY comes after the head of the answer.
+        let is_open = || {
+            pool.shelves
+                .part(&key)
+                .get(&key)
+                .is_some_and(|shelf| shelf.http2.iter().any(|c| Http2Stream::take(c).is_some()))
+        };
+        while is_open() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
 }
