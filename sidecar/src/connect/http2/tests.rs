@@ -1,8 +1,10 @@
 //! Streams against a server of h2, over real sockets.
 
+use futures_util::TryFutureExt;
 use h2::server;
 use http_body_util::BodyExt;
-use hyper::{HeaderMap, StatusCode};
+use hyper::{HeaderMap, StatusCode, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::{
     net::{TcpListener, TcpStream},
     task::JoinHandle,
@@ -172,6 +174,39 @@ async fn an_answer_that_was_cut_is_not_taken_for_whole() {
         assert!(reset_with(reason).await.is_err(), "{reason}");
     }
     assert!(reset_with(Reason::NO_ERROR).await.is_err(), "before the end that h2 saw");
+}
+
+/// Why the stream of a client ends whose answer comes from an answer that is reset after its first bytes.
+async fn reset_beyond(reason: Reason) -> Option<Reason> {
+    let (sender, mut far, _) = connection().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let (hop, _) = listener.accept().await.unwrap();
+    let forward = service_fn(move |_| {
+        send(&mut sender.clone(), Request::new(Body::empty())).map_err(|failed| failed.failed)
+    });
+    tokio::spawn(
+        hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+            .serve_connection(TokioIo::new(hop), forward),
+    );
+    let (mut client, driver) = client::handshake(near).await.unwrap();
+    tokio::spawn(driver);
+    let (answer, _) = client.send_request(Request::get("http://orders/").body(()).unwrap(), true).unwrap();
+    let (_question, mut respond) = request(&mut far).await;
+    drive(far);
+    let mut stream = respond.send_response(Response::new(()), false).unwrap();
+    stream.send_data("ans".into(), false).unwrap();
+    let mut body = answer.await.unwrap().into_body();
+    assert_eq!(body.data().await.unwrap().unwrap(), "ans");
+    stream.send_reset(reason);
+    body.data().await.unwrap().unwrap_err().reason()
+}
+
+#[tokio::test]
+async fn the_reason_of_one_hop_is_not_told_to_the_next() {
+    for reason in [Reason::REFUSED_STREAM, Reason::NO_ERROR, Reason::CANCEL] {
+        assert_eq!(reset_beyond(reason).await, Some(Reason::INTERNAL_ERROR), "{reason}");
+    }
 }
 
 #[tokio::test]
