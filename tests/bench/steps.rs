@@ -180,7 +180,7 @@ fn service_of(endpoints: Vec<Endpoint>) -> Arc<Service> {
     Arc::new(Service { endpoints, ..Service::named("orders".parse().expect("a name")) })
 }
 
-/// What a worker does at the first call of a service.
+/// What the first call of a service takes; of one with many endpoints, beside the worker.
 #[divan::bench(args = [100, 10_000], sample_size = 1)]
 fn balancer_begin(bencher: Bencher, count: u32) {
     let service = service_of(endpoints(0, count));
