@@ -26,12 +26,13 @@ pub struct Balancer {
 }
 
 /// An endpoint chosen for one attempt. It counts as in flight until this is dropped; dropped without a verdict
-/// (the client went away) it counts neither as success nor as failure.
+/// (the client went away, or its time was over) it counts neither as success nor as failure, but as slow.
 #[derive(Debug)]
 pub struct Picked {
     endpoints: Arc<Mutex<Endpoints>>,
     ticket: Ticket,
     succeeded: bool,
+    failed: bool,
 }
 
 /// An endpoint was put out by its breaker.
@@ -82,14 +83,18 @@ impl Balancer {
     /// usable, and those that are out only where all others were tried: an answer is better than none.
     pub fn pick(&self, avoid: &[SocketAddr], now: Instant) -> Option<Picked> {
         let ticket = lock(&self.endpoints).pick(avoid, now)?;
-        Some(Picked { endpoints: Arc::clone(&self.endpoints), ticket, succeeded: false })
+        Some(self.picked(ticket))
+    }
+
+    fn picked(&self, ticket: Ticket) -> Picked {
+        Picked { endpoints: Arc::clone(&self.endpoints), ticket, succeeded: false, failed: false }
     }
 
     /// Counts an attempt at this endpoint and no other, where the app dialled it by its own address. None where
     /// it is not in the set.
     pub fn pick_only(&self, address: SocketAddr, now: Instant) -> Option<Picked> {
         let ticket = lock(&self.endpoints).pick_only(address, now)?;
-        Some(Picked { endpoints: Arc::clone(&self.endpoints), ticket, succeeded: false })
+        Some(self.picked(ticket))
     }
 
     /// What is known of every endpoint, sorted by address.
@@ -121,13 +126,15 @@ impl Picked {
 
     /// The endpoint failed, perhaps in the middle of its answer. Says whether that put it out.
     pub fn failed(&mut self, now: Instant) -> Option<Ejection> {
+        self.failed = true;
         lock(&self.endpoints).failed(self.ticket, now)
     }
 }
 
 impl Drop for Picked {
     fn drop(&mut self) {
-        lock(&self.endpoints).done(self.ticket);
+        let given_up = (!self.succeeded && !self.failed).then(Instant::now);
+        lock(&self.endpoints).done(self.ticket, given_up);
     }
 }
 

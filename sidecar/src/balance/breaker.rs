@@ -35,8 +35,15 @@ pub(super) struct State {
 struct Out {
     since: Instant,
     until: Instant,
-    /// A probe is under way.
-    probing: bool,
+    /// Since when a probe is under way.
+    probing: Option<Instant>,
+}
+
+impl Out {
+    /// A probe that takes longer than the ejection took (a stream without an answer yet) holds up no other.
+    fn is_probed(&self, now: Instant) -> bool {
+        self.probing.is_some_and(|since| now < since + (self.until - self.since))
+    }
 }
 
 impl State {
@@ -59,14 +66,14 @@ impl State {
 
     /// May a request be sent there now?
     pub(super) fn is_usable(&self, now: Instant) -> bool {
-        self.out.is_none_or(|out| now >= out.until && !out.probing)
+        self.out.is_none_or(|out| now >= out.until && !out.is_probed(now))
     }
 
     /// A request is sent there. Says whether it is the probe.
     pub(super) fn chosen(&mut self, now: Instant) -> bool {
         let is_probe = self.out.is_some() && self.is_usable(now);
         if let Some(out) = &mut self.out {
-            out.probing |= is_probe;
+            out.probing = if is_probe { Some(now) } else { out.probing };
         }
         is_probe
     }
@@ -74,7 +81,7 @@ impl State {
     /// The probe is over, with a verdict or without.
     pub(super) fn probe_ended(&mut self) {
         if let Some(out) = &mut self.out {
-            out.probing = false;
+            out.probing = None;
         }
     }
 
@@ -116,7 +123,7 @@ impl State {
         let relapse = self.recovered.is_some_and(|at| now < at + policy.ejection_max);
         self.ejections = if was_out || relapse { self.ejections.saturating_add(1) } else { 1 };
         let lasts = ejection(policy, self.ejections, random);
-        self.out = Some(Out { since: now, until: now + lasts, probing: false });
+        self.out = Some(Out { since: now, until: now + lasts, probing: None });
         Some((lasts, self.ejections))
     }
 }
@@ -176,6 +183,7 @@ mod tests {
             assert!(state.is_usable(now));
             assert!(state.chosen(now));
             assert!(!state.is_usable(now) && !state.chosen(now), "a second probe");
+            assert!(state.is_usable(now + ejected.0), "the probe takes longer than the ejection took");
             state.probe_ended();
             assert!(state.is_usable(now), "the probe's client went away");
             assert!(state.chosen(now));

@@ -14,6 +14,8 @@ const DRAWS: usize = 8;
 /// An endpoint that never answered gets one request at first; each further one in flight weighs like so many
 /// seconds of latency.
 const UNKNOWN_LATENCY: f64 = 1.0;
+/// Who gives up sooner says nothing about the endpoint.
+const WAITED: Duration = Duration::from_millis(10);
 /// Endpoints of different weight share by weight while their loads differ by less than this factor.
 const WEIGHTED_TOLERANCE: f64 = 2.0;
 
@@ -156,13 +158,19 @@ impl Endpoints {
         let policy = self.policy.clone();
         let mut random = self.random.fork();
         let entry = self.entry(ticket)?;
-        entry.load.observe_failure(ticket.latency(now), now);
+        entry.load.observe_at_least(ticket.latency(now), now);
         let (lasts, count) = entry.breaker.failed(&policy, may_eject, &mut random, ticket.started, now)?;
         Some(Ejection { address: ticket.address, lasts, count })
     }
 
-    pub(super) fn done(&mut self, ticket: Ticket) {
+    /// `given_up`: when it was, where no verdict came. An endpoint that answers nobody would look idle otherwise, and
+    /// be chosen again and again.
+    pub(super) fn done(&mut self, ticket: Ticket, given_up: Option<Instant>) {
         if let Some(entry) = self.entry(ticket) {
+            let waited = given_up.map(|now| (ticket.latency(now), now));
+            if let Some((waited, now)) = waited.filter(|(waited, _)| *waited >= WAITED) {
+                entry.load.observe_at_least(waited, now);
+            }
             entry.in_flight = entry.in_flight.saturating_sub(1);
             if ticket.is_probe {
                 entry.breaker.probe_ended();

@@ -30,8 +30,9 @@ impl Load {
         self.latest = Some((seconds, now));
     }
 
-    /// A failure took so long: it may show that the endpoint is slow, never that it is fast.
-    pub(super) fn observe_failure(&mut self, latency: Duration, now: Instant) {
+    /// A failure took so long, or a caller waited so long in vain: it may show that the endpoint is slow, never that it
+    /// is fast.
+    pub(super) fn observe_at_least(&mut self, latency: Duration, now: Instant) {
         if latency.as_secs_f64() > self.seconds(now).unwrap_or(0.0) {
             self.observe(latency, now);
         }
@@ -77,9 +78,9 @@ mod tests {
         let now = Instant::now();
         let mut load = Load::default();
         load.observe(Duration::from_millis(10), now);
-        load.observe_failure(Duration::ZERO, now + DECAY);
+        load.observe_at_least(Duration::ZERO, now + DECAY);
         assert_eq!(milliseconds(&load, now), Some(10.0));
-        load.observe_failure(Duration::from_secs(1), now + DECAY);
+        load.observe_at_least(Duration::from_secs(1), now + DECAY);
         assert_eq!(milliseconds(&load, now + DECAY), Some(1000.0));
     }
 }

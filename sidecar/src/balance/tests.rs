@@ -298,3 +298,22 @@ fn balancers_are_shared_between_threads() {
     is_shared::<Balancer>();
     is_shared::<Picked>();
 }
+
+#[tokio::test(start_paused = true)]
+async fn an_endpoint_that_callers_give_up_on_is_slow_and_not_idle() {
+    let balancer = balancer(&[100, 100]);
+    let mut given_up = 0;
+    for _ in 0..100 {
+        let mut picked = balancer.pick(&[], Instant::now()).unwrap();
+        if picked.address() == address(1) {
+            // It never answers; the callers wait for a second.
+            tokio::time::advance(Duration::from_secs(1)).await;
+            given_up += 1;
+        } else {
+            tokio::time::advance(Duration::from_millis(5)).await;
+            picked.succeeded(Instant::now());
+        }
+    }
+    assert!(given_up <= 2, "{given_up} of 100");
+    assert_eq!(conditions(&balancer, Instant::now()), [Condition::Closed; 2], "slow is not broken");
+}

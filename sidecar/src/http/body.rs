@@ -188,14 +188,14 @@ impl http_body::Body for Body {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let mut polled = self.source.poll(context);
-        if polled.is_pending()
-            && let Some(deadline) = &mut self.deadline
-            && deadline.as_mut().poll(context).is_ready()
-        {
-            polled = Poll::Ready(Some(Err("the deadline of the request is over".into())));
-        }
-        let mut polled = ready!(polled);
+        // Asked first: where the reader is slow, the source may always have something.
+        let is_over =
+            self.deadline.as_mut().is_some_and(|deadline| deadline.as_mut().poll(context).is_ready());
+        let mut polled = if is_over {
+            Some(Err("the deadline of the request is over".into()))
+        } else {
+            ready!(self.source.poll(context))
+        };
         if let Some(Ok(frame)) = &mut polled
             && let Some(trailers) = frame.trailers_mut()
         {

@@ -133,6 +133,10 @@ pub fn remove_per_hop(headers: &mut HeaderMap) {
     if headers.contains_key(header::CONNECTION) {
         remove_named_by_connection(headers);
     }
+    // RFC 9112 6.3: it overrides the length, which is wrong then.
+    if headers.contains_key(header::TRANSFER_ENCODING) {
+        headers.remove(header::CONTENT_LENGTH);
+    }
     remove_where(headers, |name| is_per_hop(name));
     if let Some(te) = headers.get(header::TE) {
         if te.as_bytes().split(|byte| *byte == b',').any(|part| part.trim_ascii() == b"trailers") {

@@ -34,6 +34,8 @@ struct Shared {
     overflowed: bool,
     /// The client's body was read to its end.
     finished: bool,
+    /// Its client did not send it to its end.
+    broken: bool,
     /// The attempt that may read on; an older one must not steal its bytes.
     attempt: u64,
 }
@@ -53,6 +55,7 @@ impl Replay {
             limit,
             overflowed: false,
             finished: false,
+            broken: false,
             attempt: 0,
         };
         Replay { shared: Some(Arc::new(Mutex::new(shared))) }
@@ -113,6 +116,9 @@ impl ReplayBody {
             self.next += 1;
             return Poll::Ready(Some(Ok(Frame::data(piece.clone()))));
         }
+        if shared.broken {
+            return Poll::Ready(Some(Err("the body of the request broke off".into())));
+        }
         if shared.finished {
             let trailers = if self.trailers_sent { None } else { shared.trailers.clone() };
             self.trailers_sent = true;
@@ -125,7 +131,11 @@ impl ReplayBody {
                 self.trailers_sent = frame.is_trailers();
                 Poll::Ready(Some(Ok(frame)))
             }
-            Some(Err(error)) => Poll::Ready(Some(Err(error.into()))),
+            Some(Err(error)) => {
+                // Asked again it would say that it has ended, and a later attempt would take it for whole.
+                shared.broken = true;
+                Poll::Ready(Some(Err(error.into())))
+            }
             None => {
                 shared.finished = true;
                 Poll::Ready(None)

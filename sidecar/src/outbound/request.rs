@@ -181,7 +181,10 @@ impl Outbound {
             }
             Err(failed) => {
                 record.attempt_failed(&failed.failed);
-                failure_speaks_against_endpoint(failed.failed.failure)
+                if !failure_speaks_against_endpoint(failed.failed.failure) {
+                    return;
+                }
+                true
             }
         };
         if !against {
@@ -208,10 +211,7 @@ impl Outbound {
         };
         let failure =
             if call.deadline.at() == Some(at) { Failure::RequestTimeout } else { Failure::AttemptTimeout };
-        timeout_at(at, sending).await.unwrap_or_else(|_| {
-            let waited = humantime::format_duration(started.elapsed());
-            Err(Failed::new(failure, format!("{endpoint}: no answer after {waited}")).into())
-        })
+        timeout_at(at, sending).await.unwrap_or_else(|_| Err(no_answer(failure, endpoint, started).into()))
     }
 
     async fn send(
@@ -264,6 +264,8 @@ impl Outbound {
     ) -> Result<Answered> {
         let client = hyper::upgrade::on(&mut request);
         let method = request.method().clone();
+        let timeouts = &known.policy.timeouts;
+        let deadline = Deadline::start(timeouts.request, None, None, Instant::now());
         let mut tried = Vec::new();
         let (lease, mut picked, span) = loop {
             let mut picked = upstream.pick(only, &tried, Instant::now())?;
@@ -284,11 +286,23 @@ impl Outbound {
             }
         };
         record.inject(&span, request.headers_mut());
-        let sent = lease.send(request.map(Body::from)).await;
-        let (mut response, in_use) = sent.map_err(|failed| {
-            picked.failed(Instant::now());
-            record.attempt_failed(&failed.failed);
-            failed.failed
+        let (started, endpoint) = (Instant::now(), picked.address());
+        let sending = lease.send(request.map(Body::from));
+        let sent = match deadline.attempt(timeouts.attempt, started) {
+            None => sending.await.map_err(|failed| failed.failed),
+            Some(at) => match timeout_at(at, sending).await {
+                Ok(sent) => sent.map_err(|failed| failed.failed),
+                Err(_) if deadline.at() == Some(at) => {
+                    Err(no_answer(Failure::RequestTimeout, endpoint, started))
+                }
+                Err(_) => Err(no_answer(Failure::AttemptTimeout, endpoint, started)),
+            },
+        };
+        let (mut response, in_use) = sent.inspect_err(|failed| {
+            if failure_speaks_against_endpoint(failed.failure) {
+                picked.failed(Instant::now());
+            }
+            record.attempt_failed(failed);
         })?;
         picked.succeeded(Instant::now());
         record.attempt_answered(response.status().as_u16());
@@ -308,10 +322,15 @@ impl Outbound {
             response,
             in_use: Some(in_use),
             picked: Some(picked),
-            deadline: None,
+            deadline: deadline.at(),
             left_http: false,
         })
     }
+}
+
+fn no_answer(failure: Failure, endpoint: SocketAddr, started: Instant) -> Failed {
+    let waited = humantime::format_duration(started.elapsed());
+    Failed::new(failure, format!("{endpoint}: no answer after {waited}"))
 }
 
 impl Outbound {

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{sync::watch, time::Instant};
 
-use super::{Outbound, Target};
+use super::{Known, Outbound, Target};
 use crate::{
     balance::Picked,
     connect::{Security, trust_ended, trust_is_over},
@@ -70,18 +70,13 @@ impl Outbound {
             let mut picked = upstream.pick(only, &tried, Instant::now())?;
             let address = picked.address();
             record.endpoint(address);
-            if let Some(arrival) = self.own_arrival(address) {
-                let app = self.inbound.connect_own(&arrival).await?;
-                return Ok(self.tunnel(app, None, Some(picked)));
-            }
-            let limit = known.policy.timeouts.connect;
-            match self.connector.connect(address, &known.security, Alpn::Tcp, limit).await {
-                Ok(secured) => {
+            match self.connect(address, &known).await {
+                Ok((stream, peer)) => {
                     picked.succeeded(Instant::now());
-                    if let Some(peer) = &secured.peer {
+                    if let Some(peer) = &peer {
                         record.peer(Some(peer.id()));
                     }
-                    return Ok(self.tunnel(secured.stream, secured.peer, Some(picked)));
+                    return Ok(self.tunnel(stream, peer, Some(picked)));
                 }
                 Err(failed) => {
                     if failure_speaks_against_endpoint(failed.failure) {
@@ -95,6 +90,15 @@ impl Outbound {
                 }
             }
         }
+    }
+
+    async fn connect(&self, address: SocketAddr, known: &Known) -> Result<(Stream, Option<VerifiedPeer>)> {
+        if let Some(arrival) = self.own_arrival(address) {
+            return Ok((self.inbound.connect_own(&arrival).await?, None));
+        }
+        let limit = known.policy.timeouts.connect;
+        let secured = self.connector.connect(address, &known.security, Alpn::Tcp, limit).await?;
+        Ok((secured.stream, secured.peer))
     }
 
     pub(super) fn tunnel(

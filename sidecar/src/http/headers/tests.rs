@@ -75,6 +75,17 @@ fn what_belongs_to_one_connection_stays_there() {
 }
 
 #[test]
+fn a_length_beside_chunks_is_not_passed_on() {
+    let mut headers = HeaderMap::new();
+    headers.append("content-length", "4".parse().unwrap());
+    remove_per_hop(&mut headers);
+    assert_eq!(headers["content-length"], "4");
+    headers.append("transfer-encoding", "chunked".parse().unwrap());
+    remove_per_hop(&mut headers);
+    assert!(headers.is_empty(), "{headers:?}");
+}
+
+#[test]
 fn nobody_else_sets_our_headers() {
     let mut headers = HeaderMap::new();
     for name in ["x-weft-deadline", "x-weft-anything", "x-other"] {

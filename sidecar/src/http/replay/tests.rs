@@ -69,3 +69,14 @@ async fn a_body_whose_beginning_is_gone_is_not_begun_again_as_a_shorter_one() {
     assert!(!http_body::Body::is_end_stream(&second));
     assert!(read(&mut second).await.is_err());
 }
+
+#[tokio::test]
+async fn a_body_that_its_client_broke_off_is_whole_to_no_attempt() {
+    let (replay, mut client) = request().await;
+    let mut first = replay.begin();
+    piece(&mut client, "ab").await;
+    assert_eq!(read(&mut first).await.unwrap(), "ab");
+    drop(client);
+    assert!(read(&mut first).await.is_err());
+    assert!(replay.begin().collect().await.is_err());
+}
