@@ -138,8 +138,24 @@ impl Outbound {
                 let detail = format!("{} stands for no service now; ask DNS again", meant.ip());
                 Err(Failed::new(Failure::UnknownVirtualAddress, detail))
             }
-            Destination::Unknown if self.mode == Mode::AllowAny => Ok(Target::Outside(meant)),
-            Destination::Unknown => {
+            Destination::Unknown => Box::pin(self.unknown(meant)).await,
+        }
+    }
+
+    /// An address of which discovery says nothing now. It may be an endpoint of a service that nobody watches any more:
+    /// then it is asked for again, or the call would leave the mesh.
+    async fn unknown(&self, meant: SocketAddr) -> Result<Target> {
+        if let Some(name) = self.upstreams.service_with(meant) {
+            let upstream = self.named(&name).await?;
+            let canonical = SocketAddr::new(meant.ip().to_canonical(), meant.port());
+            let endpoint = upstream.known().endpoint(canonical).cloned();
+            if let Some(endpoint) = endpoint {
+                return Ok(Target::Endpoint(upstream, endpoint));
+            }
+        }
+        match self.mode {
+            Mode::AllowAny => Ok(Target::Outside(meant)),
+            Mode::RegistryOnly => {
                 let detail = format!("{meant} is no service of the mesh, and the mode is registry-only");
                 Err(Failed::new(Failure::UnknownDestination, detail))
             }
@@ -152,18 +168,18 @@ impl Outbound {
         if let Some(service) = known {
             return Ok(self.upstreams.get(service).await);
         }
-        if let Some(upstream) = self.upstreams.called_before(name) {
-            return Ok(upstream);
-        }
         if !self.registry.is_there() {
             let detail = format!("`{name}` is in no service file, and no registry is set");
             return Err(Failed::new(Failure::NoEndpoint, detail));
         }
-        let Some(service) = self.registry.ask(name).await else {
-            let detail = format!("the registry says nothing about `{name}` in time");
-            return Err(Failed::new(Failure::RegistryUnavailable, detail));
-        };
-        Ok(self.upstreams.get(service).await)
+        match self.registry.ask(name).await {
+            Some(service) => Ok(self.upstreams.get_as(service).await),
+            // What was known when it was called before is better than nothing.
+            None => self.upstreams.called_before(name).ok_or_else(|| {
+                let detail = format!("the registry says nothing about `{name}` in time");
+                Failed::new(Failure::RegistryUnavailable, detail)
+            }),
+        }
     }
 
     async fn carry(

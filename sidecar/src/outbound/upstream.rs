@@ -14,7 +14,7 @@ use crate::{
     balance::{Balancer, Picked},
     connect::Security,
     discovery::{Directory, Interest, Registry, policies::Policies},
-    model::{Failed, Failure, Policy, Protocol, Registered, Result, Service, ServiceName},
+    model::{Endpoint, Failed, Failure, Policy, Protocol, Registered, Result, Service, ServiceName},
     policy::budget::Bucket,
     telemetry::{Direction, ServiceMetrics, Telemetry},
 };
@@ -54,6 +54,13 @@ impl Known {
         let security =
             if expected.is_empty() { Security::Plain } else { Security::Mesh(expected[..].into()) };
         Known { service, policy, security }
+    }
+
+    /// The endpoint at this address.
+    pub fn endpoint(&self, address: SocketAddr) -> Option<&Endpoint> {
+        let endpoints = &self.service.endpoints;
+        let at = endpoints.binary_search_by_key(&address, |endpoint| endpoint.address).ok()?;
+        endpoints.get(at)
     }
 
     /// What its endpoints speak, where somebody declared it: the policy wins.
@@ -179,6 +186,31 @@ impl Upstreams {
             None if service.endpoints.len() < MANY => self.add(&service),
             None => Box::pin(self.add_beside(service)).await,
         }
+    }
+
+    /// The handle of a service whose watch has just begun anew, in step with what came: who asked may be quicker than who
+    /// keeps all handles in step.
+    pub async fn get_as(self: &Arc<Self>, service: Arc<Service>) -> Arc<Upstream> {
+        let many = service.endpoints.len() >= MANY;
+        let upstream = self.get(service.clone()).await;
+        if Arc::ptr_eq(&upstream.known().service, &service) {
+            return upstream;
+        }
+        if many {
+            let (upstreams, behind) = (self.clone(), upstream.clone());
+            // A panic there leaves what is known.
+            let _ = spawn_blocking(move || upstreams.refresh(&behind)).await;
+        } else {
+            self.refresh(&upstream);
+        }
+        upstream
+    }
+
+    /// The name of the service, called before, that has this endpoint as far as is known.
+    pub fn service_with(&self, endpoint: SocketAddr) -> Option<ServiceName> {
+        let endpoint = SocketAddr::new(endpoint.ip().to_canonical(), endpoint.port());
+        let has = |upstream: &Arc<Upstream>| upstream.known().endpoint(endpoint).is_some();
+        lock(&self.by_name).values().find(|upstream| has(upstream)).map(|upstream| upstream.name.clone())
     }
 
     /// One at a time: of those who wait for the same service the first one makes its handle for all.

@@ -13,6 +13,14 @@ fn registered(mesh: &Mesh, pod: &Pod, consul: &Consul<'_>, instance: &str) -> Si
     sidecar(mesh, pod, "orders", &consul.address(), &[&flags[..], &["--probe-interval", "200ms"]].concat())
 }
 
+/// What Consul answered to it so far.
+fn answers(sidecar: &Sidecar, pod: &Pod) -> u32 {
+    let metrics = sidecar.metrics(pod);
+    let mut lines = metrics.lines();
+    let count = lines.find_map(|line| line.strip_prefix("weft_registry_requests_total{result=\"ok\"} "));
+    count.and_then(|count| count.parse().ok()).unwrap_or_default()
+}
+
 #[test]
 fn a_workload_registers_itself_and_stays_true() {
     if !can_run(&Consul::NEEDS) {
@@ -38,13 +46,7 @@ fn a_workload_registers_itself_and_stays_true() {
         consul.ask("GET", "/v1/health/service/orders", None).unwrap()[0]["Checks"][1]["ModifyIndex"].clone()
     };
     let before = index();
-    let words = || {
-        let metrics = first.metrics(&one);
-        let line = metrics
-            .lines()
-            .find_map(|line| line.strip_prefix("weft_registry_requests_total{result=\"ok\"} "));
-        line.and_then(|count| count.parse::<u32>().ok()).unwrap_or_default()
-    };
+    let words = || answers(&first, &one);
     let said = words();
     until("it has said its word some times", || words() > said + 3);
     assert_eq!(index(), before, "a word that says the same was written into the registry");
@@ -80,6 +82,41 @@ fn a_workload_registers_itself_and_stays_true() {
     until("it has left the registry", || {
         consul.ask("GET", "/v1/health/service/orders", None).unwrap() == serde_json::json!([])
     });
+}
+
+/// Two agents that know nothing of each other: what one has does not come from the other.
+#[test]
+fn a_registration_is_with_one_agent_and_moves_as_a_whole() {
+    if !can_run(&Consul::NEEDS) {
+        return;
+    }
+    let mesh = Mesh::new();
+    let pod = mesh.network.pod("one");
+    let (first, second) = (mesh.network.pod("first"), mesh.network.pod("second"));
+    let (first, second) = (Consul::dev(&first, ""), Consul::dev(&second, ""));
+    let _app = app(&pod, "one", 8080);
+    let (address, next) = (first.address(), second.address());
+    let flags = ["--port", "8080", "--publish", "true", "--consul-ttl", "3s"];
+    let flags = [&flags[..], &["--consul", &address, "--consul", &next]].concat();
+    let sidecar = sidecar(&mesh, &pod, "orders", &address, &flags);
+    let at =
+        |consul: &Consul<'_>| consul.ask("GET", "/v1/agent/services", None).unwrap() != serde_json::json!({});
+    until("the first agent has it", || first.passing("orders").len() == 1);
+    assert!(!at(&second));
+
+    first.process().signal(Signal::SIGSTOP);
+    until("the second agent has it", || second.passing("orders").len() == 1);
+    first.process().signal(Signal::SIGCONT);
+    until("the first one has it no more", || !at(&first));
+    let words = || answers(&sidecar, &pod);
+    let said = words();
+    until("it has said its word some times", || {
+        assert!(second.passing("orders").len() == 1 && !at(&first), "it went to and fro");
+        words() > said + 3
+    });
+
+    sidecar.process.signal(Signal::SIGTERM);
+    until("it has left the registry", || !at(&second));
 }
 
 #[test]

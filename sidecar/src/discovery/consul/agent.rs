@@ -119,6 +119,11 @@ impl Agent {
         self.shown().split_once("://").map(|(_, rest)| rest.to_owned()).unwrap_or_default()
     }
 
+    /// The number of its term.
+    pub(super) fn term(&self) -> u64 {
+        self.term.load(Ordering::Relaxed)
+    }
+
     /// What waited for an index of before may wait no more.
     pub(super) fn begin_term(&self) {
         self.term.fetch_add(1, Ordering::Relaxed);

@@ -46,6 +46,8 @@ const TLS_SLOTS: usize = 200;
 
 /// What a blocking query may take beyond its wait: Consul adds up to a sixteenth of its own.
 const BEYOND: Duration = Duration::from_secs(10);
+/// Longest wait for an answer that waits for no change.
+const AT_ONCE: Duration = Duration::from_secs(10);
 
 const TOKEN: HeaderName = HeaderName::from_static("x-consul-token");
 const INDEX: &str = "x-consul-index";
@@ -142,7 +144,7 @@ impl<'a> Question<'a> {
             method: Method::GET,
             path,
             body: Bytes::new(),
-            patience: Duration::from_secs(10),
+            patience: AT_ONCE,
             most: 1024 * 1024,
             is_anonymous: false,
             permission,
@@ -223,6 +225,27 @@ impl Client {
         result
     }
 
+    /// How many agents there are.
+    pub(super) fn agents(&self) -> usize {
+        self.agents.len()
+    }
+
+    /// The one that is asked first now.
+    pub(super) fn current(&self) -> usize {
+        self.current.load(Ordering::Relaxed)
+    }
+
+    /// Asks one agent and no other.
+    pub(super) async fn ask_at(&self, at: usize, question: &Question<'_>) -> Result<Answer, Error> {
+        let result = self.ask_one(at, question).await.map_err(|error| self.of_agent(at, error));
+        self.metrics.registry_request(result.as_ref().map_or_else(|error| error.kind.label(), |_| "ok"));
+        result
+    }
+
+    fn of_agent(&self, at: usize, error: Error) -> Error {
+        Error { text: format!("Consul at {}: {}", self.agents[at].shown(), error.text), ..error }
+    }
+
     async fn ask_in_turn(&self, question: &Question<'_>) -> Result<Answer, Error> {
         let first = self.current.load(Ordering::Relaxed);
         let mut last = Error::new(Kind::Unreachable, "no agent is set");
@@ -234,9 +257,8 @@ impl Client {
                     return Ok(answer);
                 }
                 Err(error) => {
-                    let text = format!("Consul at {}: {}", self.agents[at].shown(), error.text);
                     let is_of_the_agent = error.kind.is_of_the_agent();
-                    last = Error { text, ..error };
+                    last = self.of_agent(at, error);
                     if is_of_the_agent {
                         self.current.store((at + 1) % self.agents.len(), Ordering::Relaxed);
                     }
@@ -269,21 +291,25 @@ impl Client {
             let waiting = request.as_ref().map(|(request, term)| (request, *term));
             agent.ask(&self.request(agent, question, "")?, waiting, question.most).await
         };
+        // Only where the index is of this agent's history does it wait for a change.
+        let may_wait = waiting.is_some_and(|waiting| waiting.place.term == agent.term());
+        let patience = if may_wait { question.patience } else { question.patience.min(AT_ONCE) };
         let said = tokio::select! {
-            said = timeout(question.patience, asking) => said.unwrap_or_else(|_| {
-                let text = format!("no answer within {}", humantime::format_duration(question.patience));
+            said = timeout(patience, asking) => said.unwrap_or_else(|_| {
+                let text = format!("no answer within {}", humantime::format_duration(patience));
                 Err(Error::new(Kind::Unreachable, text))
             })?,
             () = lost => {
                 return Err(Error::new(Kind::WentBack, "its index went back; it is asked anew"));
             }
         };
+        let is_filtered = said.head.headers.get(FILTERED).is_some_and(|value| value == "true");
         let place = index(&said.head.headers).map(|index| Place { index, agent: at, term: said.term });
         if !said.head.status.is_success() {
             let mut error = Error::of_status(said.head.status, &said.body, question.permission);
             // An empty part of the KV store: there is nothing, and there is an index to wait from.
             if error.kind == Kind::NotFound && place.is_some() && said.body.is_empty() {
-                return Ok(Answer { place, is_filtered: false, date: None, body: Bytes::new() });
+                return Ok(Answer { place, is_filtered, date: None, body: Bytes::new() });
             }
             if error.kind == Kind::Denied && matches!(self.token.current(), Ok(None)) {
                 error.text.push_str("; no token is set (--consul-token-file)");
@@ -292,7 +318,7 @@ impl Client {
         }
         Ok(Answer {
             place,
-            is_filtered: said.head.headers.get(FILTERED).is_some_and(|value| value == "true"),
+            is_filtered,
             date: said.head.headers.get(DATE).and_then(|date| date.to_str().ok()).map(str::to_owned),
             body: said.body,
         })

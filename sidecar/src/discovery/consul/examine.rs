@@ -59,7 +59,7 @@ async fn missing(client: &Client, own: &ServiceName, registers: bool) -> Vec<Str
     ];
     let mut missing = Vec::new();
     for (named, resource, access, segment) in &wanted[..if registers { 4 } else { 3 }] {
-        if denied(client, &[Access { resource, access, segment }]).await.is_some() {
+        if let Ok(Some(_)) = denied(client, &[Access { resource, access, segment }]).await {
             let place = if segment.is_empty() { "everything" } else { segment };
             missing.push(format!("{named} on {place}"));
         }

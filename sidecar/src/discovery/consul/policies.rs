@@ -183,7 +183,7 @@ async fn look(
 /// Consul hides what an ACL does not allow, and says there is nothing.
 async fn check_acl(client: &Client, answer: &Answer) -> Result<(), Error> {
     let asked = [Access { resource: "key", access: "read", segment: POLICIES_PREFIX }];
-    if !answer.is_filtered && denied(client, &asked).await.is_none() {
+    if !answer.is_filtered && denied(client, &asked).await?.is_none() {
         return Ok(());
     }
     let text = format!(

@@ -2,7 +2,7 @@
 //! turns critical where no word comes within its time to live. Nothing that changes is in it, so a word that says
 //! the same wakes nobody. An agent that forgot the workload is told again; in a drain the workload is taken back.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use serde_json::{Map, Value, json};
 use tokio::{
@@ -21,7 +21,7 @@ use crate::{discovery::publish::Workload, model::Protocol};
 
 /// Words per time to live: two may get lost.
 const WORDS_PER_TTL: u32 = 3;
-/// Longest wait for one answer of the agent, which is near.
+/// Longest wait for one answer of the agent, which is near; less where the time to live is short.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// An agent that is away is asked again after at most this long.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
@@ -59,7 +59,7 @@ pub fn register(
     let (stop, stopped) = oneshot::channel();
     let workload = &registration.workload;
     let id = format!("{}-{}", workload.service, workload.instance);
-    let keeper = Keeper { client, id, registration, random, is_registered: false };
+    let keeper = Keeper { client, id, registration, random, at: None, left: BTreeSet::new() };
     OwnRegistration { stop, task: tokio::spawn(keeper.run(health, stopped)) }
 }
 
@@ -76,7 +76,10 @@ struct Keeper {
     id: String,
     registration: Registration,
     random: fastrand::Rng,
-    is_registered: bool,
+    /// The agent that has the registration.
+    at: Option<usize>,
+    /// Agents that had it before, and may have it still.
+    left: BTreeSet<usize>,
 }
 
 impl Keeper {
@@ -108,38 +111,69 @@ impl Keeper {
                 Ok(()) = health.changed() => {}
             }
         }
-        if let Err(error) = self.put(format!("/v1/agent/service/deregister/{}", self.id), Value::Null).await
-            && error.kind != Kind::NotFound
-        {
+        self.left.extend(self.at.take());
+        for error in self.take_back().await {
             tracing::warn!("`{}` cannot be taken back: {error}; its check runs out instead", self.id);
         }
     }
 
+    /// Takes the registration back where it was left behind; what did not work is tried again later.
+    async fn take_back(&mut self) -> Vec<Error> {
+        let mut failed = Vec::new();
+        for at in self.left.clone() {
+            match self.put(at, format!("/v1/agent/service/deregister/{}", self.id), Value::Null).await {
+                Err(error) if error.kind != Kind::NotFound => failed.push(error),
+                _ => {
+                    self.left.remove(&at);
+                }
+            }
+        }
+        failed
+    }
+
     /// Says how the app is, and registers it where the agent does not know it.
     async fn say(&mut self, is_well: bool) -> Result<(), Error> {
-        if self.is_registered {
+        if let Some(at) = self.at {
             let (status, output) = if is_well { ("passing", WELL) } else { ("critical", UNWELL) };
             let body = json!({"Status": status, "Output": output});
-            match self.put(format!("/v1/agent/check/update/service:{}", self.id), body).await {
+            match self.put(at, format!("/v1/agent/check/update/service:{}", self.id), body).await {
+                Ok(()) => {
+                    let _later = self.take_back().await;
+                    return Ok(());
+                }
                 Err(error) if error.kind == Kind::NotFound => {
                     tracing::info!(id = self.id, "Consul forgot our registration: registering again");
-                    self.is_registered = false;
                 }
-                other => return other,
+                // Another agent may take it.
+                Err(error) if error.kind.is_of_the_agent() && self.client.agents() > 1 => {}
+                Err(error) => return Err(error),
             }
         }
         let body = document(&self.id, &self.registration, is_well);
-        self.put("/v1/agent/service/register?replace-existing-checks=true".to_owned(), body).await?;
-        self.is_registered = true;
-        tracing::info!(id = self.id, is_well, "registered in Consul");
-        Ok(())
+        let first = self.at.unwrap_or_else(|| self.client.current());
+        let mut last = None;
+        for at in (first..first + self.client.agents()).map(|at| at % self.client.agents()) {
+            let path = "/v1/agent/service/register?replace-existing-checks=true".to_owned();
+            match self.put(at, path, body.clone()).await {
+                Ok(()) => {
+                    self.left.extend(self.at.replace(at));
+                    self.left.remove(&at);
+                    tracing::info!(id = self.id, is_well, "registered in Consul");
+                    return Ok(());
+                }
+                Err(error) if error.kind.is_of_the_agent() => last = Some(error),
+                Err(error) => return Err(error),
+            }
+        }
+        last.map_or(Ok(()), Err)
     }
 
-    async fn put(&self, path: String, body: Value) -> Result<(), Error> {
+    async fn put(&self, at: usize, path: String, body: Value) -> Result<(), Error> {
         let permission = format!("service:write on `{}`", self.registration.workload.service);
         let body = if body.is_null() { Vec::new() } else { body.to_string().into_bytes() };
-        let question = Question { patience: PATIENCE, ..Question::put(path, body, &permission) };
-        self.client.ask(&question).await.map(drop)
+        let patience = PATIENCE.min(self.registration.ttl / WORDS_PER_TTL);
+        let question = Question { patience, ..Question::put(path, body, &permission) };
+        self.client.ask_at(at, &question).await.map(drop)
     }
 }
 

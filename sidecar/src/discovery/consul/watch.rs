@@ -246,8 +246,11 @@ impl Watch {
             Access { resource: "service", access: "read", segment: name.as_str() },
             Access { resource: "node", access: "read", segment: "" },
         ];
-        let denied =
-            if is_filtered { Some("service:read and node:read") } else { denied(&self.client, &asked).await };
+        let denied = if is_filtered {
+            Some("service:read and node:read")
+        } else {
+            denied(&self.client, &asked).await?
+        };
         self.acl_checked = Some(now);
         match denied {
             Some(permission) => {
@@ -299,12 +302,18 @@ struct Allowed {
 
 /// The first of these that the token may not do, as `resource:access`. None too where this Consul does not say
 /// (no ACLs, or a version without this question).
-pub(super) async fn denied(client: &Client, asked: &[Access<'_>]) -> Option<&'static str> {
-    let body = serde_json::to_vec(asked).ok()?;
+///
+/// # Errors
+/// No agent can say it now.
+pub(super) async fn denied(client: &Client, asked: &[Access<'_>]) -> Result<Option<&'static str>, Error> {
+    let Ok(body) = serde_json::to_vec(asked) else { return Ok(None) };
     let path = "/v1/internal/acl/authorize".to_owned();
     let question = Question { method: Method::POST, ..Question::put(path, body, "") };
-    let answer = client.ask(&question).await.ok()?;
-    first_denied(&answer.body)
+    match client.ask(&question).await {
+        Ok(answer) => Ok(first_denied(&answer.body)),
+        Err(error) if error.kind.is_of_the_agent() => Err(error),
+        Err(_) => Ok(None),
+    }
 }
 
 /// The same, from the answer.

@@ -19,10 +19,13 @@ fn service(endpoints: usize) -> Arc<Service> {
 
 /// Follows a directory in which the service is.
 fn upstreams(service: &Arc<Service>) -> Arc<Upstreams> {
+    following(watch::channel(Arc::new(Directory::new(vec![(**service).clone()]))).1)
+}
+
+fn following(directory: watch::Receiver<Arc<Directory>>) -> Arc<Upstreams> {
     let metrics = Arc::new(Metrics::new());
     let log = AccessLog::open(AccessLogMode::Off, &AccessLogTarget::Stdout, &metrics).unwrap();
     let (telemetry, _) = Telemetry::new(&TraceSettings::read(|_| None, "test").0, log, metrics);
-    let directory = watch::channel(Arc::new(Directory::new(vec![(**service).clone()]))).1;
     let policies = watch::channel(Arc::new(Policies::default())).1;
     let registry = Arc::new(Registry::none(directory.clone()));
     Upstreams::new(directory, policies, registry, Policy::default(), telemetry)
@@ -44,5 +47,23 @@ async fn a_handle_that_was_made_of_something_old_is_brought_up_to_date() {
         let handle = upstreams(&newer).get(service(old)).await;
         assert_eq!(handle.known().service.endpoints.len(), now);
         assert_eq!(handle.balancer.states(Instant::now()).len(), now);
+    }
+}
+
+#[tokio::test]
+async fn who_asked_anew_does_not_call_with_what_was_known_before() {
+    for (old, now) in [(1, 2), (MANY, MANY + 1)] {
+        let (tell, directory) = watch::channel(Arc::new(Directory::new(vec![(*service(old)).clone()])));
+        let upstreams = following(directory);
+        let handle = upstreams.get(service(old)).await;
+        let newer = service(now);
+        let last = newer.endpoints[now - 1].address;
+        assert_eq!(upstreams.service_with(last), None);
+        tell.send_replace(Arc::new(Directory::new(vec![(*newer).clone()])));
+        assert_eq!(handle.known().service.endpoints.len(), old, "nobody has followed yet");
+        let asked = upstreams.get_as(newer).await;
+        assert!(Arc::ptr_eq(&asked, &handle));
+        assert_eq!(asked.known().service.endpoints.len(), now);
+        assert_eq!(upstreams.service_with(last).as_ref(), Some(asked.name()));
     }
 }
