@@ -129,6 +129,16 @@ impl Agent {
         self.term.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// A question on a kept connection got no answer: the next one is asked on a new connection, for this one may lead
+    /// nowhere. What still waits on it goes on.
+    pub(super) fn forget_connections(&self) {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        // Held while somebody connects: then there is nothing to forget.
+        if let Ok(mut shared) = self.http2.try_lock() {
+            *shared = None;
+        }
+    }
+
     /// Sends the question and reads the answer, of at most `most` bytes. `waiting` is the question for the term
     /// with this number; it is not repeated.
     pub(super) async fn ask(

@@ -296,6 +296,9 @@ impl Client {
         let patience = if may_wait { question.patience } else { question.patience.min(AT_ONCE) };
         let said = tokio::select! {
             said = timeout(patience, asking) => said.unwrap_or_else(|_| {
+                if !may_wait {
+                    agent.forget_connections();
+                }
                 let text = format!("no answer within {}", humantime::format_duration(patience));
                 Err(Error::new(Kind::Unreachable, text))
             })?,

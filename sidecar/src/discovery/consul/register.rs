@@ -4,6 +4,7 @@
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
+use futures_util::future::join_all;
 use serde_json::{Map, Value, json};
 use tokio::{
     sync::{oneshot, watch},
@@ -117,14 +118,18 @@ impl Keeper {
         }
     }
 
-    /// Takes the registration back where it was left behind; what did not work is tried again later.
+    /// Takes the registration back where it was left behind, everywhere at once: the next word is due soon. What did not
+    /// work is tried again later.
     async fn take_back(&mut self) -> Vec<Error> {
+        let path = format!("/v1/agent/service/deregister/{}", self.id);
+        let left: Vec<usize> = self.left.iter().copied().collect();
+        let taken = join_all(left.iter().map(|at| self.put(*at, path.clone(), Value::Null))).await;
         let mut failed = Vec::new();
-        for at in self.left.clone() {
-            match self.put(at, format!("/v1/agent/service/deregister/{}", self.id), Value::Null).await {
+        for (at, taken) in left.iter().zip(taken) {
+            match taken {
                 Err(error) if error.kind != Kind::NotFound => failed.push(error),
                 _ => {
-                    self.left.remove(&at);
+                    self.left.remove(at);
                 }
             }
         }
@@ -133,6 +138,7 @@ impl Keeper {
 
     /// Says how the app is, and registers it where the agent does not know it.
     async fn say(&mut self, is_well: bool) -> Result<(), Error> {
+        let mut first = self.at.unwrap_or_else(|| self.client.current());
         if let Some(at) = self.at {
             let (status, output) = if is_well { ("passing", WELL) } else { ("critical", UNWELL) };
             let body = json!({"Status": status, "Output": output});
@@ -145,12 +151,11 @@ impl Keeper {
                     tracing::info!(id = self.id, "Consul forgot our registration: registering again");
                 }
                 // Another agent may take it.
-                Err(error) if error.kind.is_of_the_agent() && self.client.agents() > 1 => {}
+                Err(error) if error.kind.is_of_the_agent() && self.client.agents() > 1 => first += 1,
                 Err(error) => return Err(error),
             }
         }
         let body = document(&self.id, &self.registration, is_well);
-        let first = self.at.unwrap_or_else(|| self.client.current());
         let mut last = None;
         for at in (first..first + self.client.agents()).map(|at| at % self.client.agents()) {
             let path = "/v1/agent/service/register?replace-existing-checks=true".to_owned();

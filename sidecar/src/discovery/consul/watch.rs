@@ -154,7 +154,12 @@ impl Watch {
     }
 
     fn spacing(&mut self) -> Duration {
-        if self.known.is_empty() { spread(UNREGISTERED, &mut self.random) } else { LEAST_PAUSE }
+        match self.last {
+            _ if self.known.is_empty() => spread(UNREGISTERED, &mut self.random),
+            // Something between takes the index away: there is no waiting for a change.
+            None => spread(POLL, &mut self.random),
+            Some(_) => LEAST_PAUSE,
+        }
     }
 
     fn is_idle(&mut self) -> bool {
