@@ -209,9 +209,8 @@ impl Outbound {
         let Some(at) = call.deadline.attempt(call.known.policy.timeouts.attempt, started) else {
             return sending.await;
         };
-        let failure =
-            if call.deadline.at() == Some(at) { Failure::RequestTimeout } else { Failure::AttemptTimeout };
-        timeout_at(at, sending).await.unwrap_or_else(|_| Err(no_answer(failure, endpoint, started).into()))
+        let late = |_| Err(no_answer(&call.deadline, at, endpoint, started).into());
+        timeout_at(at, sending).await.unwrap_or_else(late)
     }
 
     async fn send(
@@ -292,10 +291,7 @@ impl Outbound {
             None => sending.await.map_err(|failed| failed.failed),
             Some(at) => match timeout_at(at, sending).await {
                 Ok(sent) => sent.map_err(|failed| failed.failed),
-                Err(_) if deadline.at() == Some(at) => {
-                    Err(no_answer(Failure::RequestTimeout, endpoint, started))
-                }
-                Err(_) => Err(no_answer(Failure::AttemptTimeout, endpoint, started)),
+                Err(_) => Err(no_answer(&deadline, at, endpoint, started)),
             },
         };
         let (mut response, in_use) = sent.inspect_err(|failed| {
@@ -328,7 +324,9 @@ impl Outbound {
     }
 }
 
-fn no_answer(failure: Failure, endpoint: SocketAddr, started: Instant) -> Failed {
+/// Nothing came until `at`: the end of the request's time, or of the attempt's.
+fn no_answer(deadline: &Deadline, at: Instant, endpoint: SocketAddr, started: Instant) -> Failed {
+    let failure = if deadline.at() == Some(at) { Failure::RequestTimeout } else { Failure::AttemptTimeout };
     let waited = humantime::format_duration(started.elapsed());
     Failed::new(failure, format!("{endpoint}: no answer after {waited}"))
 }
