@@ -10,6 +10,7 @@ mod memory;
 mod publication;
 mod sources;
 mod stop;
+mod tasks;
 mod views;
 mod worker;
 
@@ -32,6 +33,7 @@ use crate::{
 use build::Sockets;
 use hyper::Method;
 use serde_json::Value;
+use tasks::Tasks;
 use tokio::{
     runtime::{self, Runtime},
     sync::{Semaphore, watch},
@@ -83,6 +85,7 @@ struct Shared {
     upstreams: Arc<Upstreams>,
     /// How the app is reached.
     app_dialer: Dialer,
+    tasks: Arc<Tasks>,
     places: Places,
 }
 

@@ -76,10 +76,7 @@ impl Parts {
         let (credentials_sender, credentials) = watch::channel(None);
         let (status_sender, identity_status) = watch::channel(identity::Status::default());
         let (directory_sender, directory) = watch::channel(Arc::new(Directory::default()));
-        let default_policy = Policy {
-            timeouts: Timeouts { connect: config.connect_timeout, ..Timeouts::default() },
-            ..Policy::default()
-        };
+        let default_policy = default_policy(&config);
         let (registry_status_sender, registry_status) = watch::channel(consul::Status::default());
         let (registry, consul, asked) = match &config.stores.consul {
             Some(settings) => {
@@ -115,6 +112,7 @@ impl Parts {
             consul,
             upstreams,
             app_dialer,
+            tasks: Arc::default(),
             config,
         });
         let senders = Senders {
@@ -133,6 +131,7 @@ impl Parts {
 pub(super) fn default_policy(config: &Config) -> Policy {
     Policy {
         timeouts: Timeouts { connect: config.connect_timeout, ..Timeouts::default() },
+        outbound_mutual_tls: config.outbound_mutual_tls,
         ..Policy::default()
     }
 }

@@ -28,6 +28,11 @@ impl Parts {
         let drain_asked = Arc::new(Notify::new());
         let mut signals = signals()?;
         let Sockets { workers, dns_udp, dns_tcp, admin, admin_socket, delivery, advertised } = sockets;
+        let (tasks, stop) = (shared.tasks.clone(), drain_asked.clone());
+        tokio::spawn(async move {
+            tasks.died().await;
+            stop.notify_one();
+        });
         start_sources(&shared, senders, span_export);
         start_dns(&shared, dns_udp, dns_tcp)?;
         let admin_address = admin.local_addr()?;
@@ -67,7 +72,8 @@ impl Parts {
         }
         shared.telemetry.flush(FLUSH_PATIENCE).await;
         let _ = std::fs::remove_file(&shared.config.ports.admin_socket);
-        Ok(code)
+        // Whoever started us shall start us again.
+        Ok(if code == 0 && shared.tasks.is_one_dead() { 1 } else { code })
     }
 }
 

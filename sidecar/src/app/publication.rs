@@ -104,7 +104,7 @@ fn follow_app(shared: &Arc<Shared>, advertised: IpAddr, port: u16) -> watch::Rec
     }
     let addresses = [Ipv4Addr::LOCALHOST.into(), advertised, Ipv6Addr::LOCALHOST.into()]
         .map(|ip| SocketAddr::new(ip, port));
-    tokio::spawn(async move {
+    shared.tasks.spawn("probe of the app", async move {
         while !tell.is_closed() {
             let answered = answers(&dialer, &addresses, &probe.kind).await;
             health.observe(answered.is_ok());

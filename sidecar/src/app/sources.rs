@@ -10,7 +10,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use super::{Senders, Shared, build::default_policy, memory, views};
+use super::{Senders, Shared, build::default_policy, memory, tasks::Tasks, views};
 use crate::{
     admin::{Public, serve_private, serve_public},
     balance::Condition,
@@ -24,7 +24,7 @@ use crate::{
 pub(super) fn start_sources(shared: &Arc<Shared>, senders: Senders, span_export: Option<SpanExport>) {
     let config = &shared.config;
     if let Some(export) = span_export {
-        tokio::spawn(async move {
+        Tasks::spawn_minor("export of spans", async move {
             if let Err(error) = export.run().await {
                 tracing::error!("spans are not exported: {error:#}");
             }
@@ -33,7 +33,8 @@ pub(super) fn start_sources(shared: &Arc<Shared>, senders: Senders, span_export:
     match config.authority.clone() {
         Some(authority) => {
             let random = fastrand::Rng::new();
-            tokio::spawn(identity::run(authority, senders.credentials, senders.identity_status, random));
+            let running = identity::run(authority, senders.credentials, senders.identity_status, random);
+            shared.tasks.spawn("identity", running);
         }
         None => {
             shared.conditions.identity.set(true);
@@ -43,11 +44,11 @@ pub(super) fn start_sources(shared: &Arc<Shared>, senders: Senders, span_export:
     let Senders { directory, asked, registry_status, policies, .. } = senders;
     start_services(shared, directory, asked, registry_status);
     start_policies(shared, policies);
-    tokio::spawn(shared.upstreams.clone().follow());
-    tokio::spawn(count_endpoints(shared.clone()));
-    tokio::spawn(follow_identity(shared.clone()));
-    tokio::spawn(follow_directory(shared.clone()));
-    tokio::spawn(memory::give_back());
+    shared.tasks.spawn("services in use", shared.upstreams.clone().follow());
+    Tasks::spawn_minor("count of endpoints", count_endpoints(shared.clone()));
+    shared.tasks.spawn("readiness of the identity", follow_identity(shared.clone()));
+    shared.tasks.spawn("readiness of discovery", follow_directory(shared.clone()));
+    Tasks::spawn_minor("memory", memory::give_back());
 }
 
 /// Files, and Consul beside them.
@@ -58,18 +59,22 @@ fn start_services(
     registry_status: watch::Sender<consul::Status>,
 ) {
     let (mistakes, told) = watch::channel(Vec::new());
-    tokio::spawn(follow_mistakes(shared.clone(), told));
+    Tasks::spawn_minor("count of mistakes", follow_mistakes(shared.clone(), told));
     let into = match shared.consul.clone().zip(asked) {
         Some((client, asked)) => {
             let (files, found) = watch::channel(Arc::default());
             let random = fastrand::Rng::new();
-            tokio::spawn(consul::run(client, found, asked, directory, registry_status, random));
+            let running = consul::run(client, found, asked, directory, registry_status, random);
+            shared.tasks.spawn("services in Consul", running);
             files
         }
         None => directory,
     };
     match shared.config.stores.services.clone() {
-        Some(folder) => drop(tokio::spawn(file::run(file::Settings { folder }, into, mistakes))),
+        Some(folder) => {
+            let running = file::run(file::Settings { folder }, into, mistakes);
+            shared.tasks.spawn("service files", running);
+        }
         None => {
             shared.conditions.discovery.set(true);
             tokio::spawn(keep((into, mistakes)));
@@ -81,17 +86,18 @@ fn start_services(
 fn start_policies(shared: &Arc<Shared>, policies: watch::Sender<Arc<Policies>>) {
     let config = &shared.config;
     let (mistakes, told) = watch::channel(Vec::new());
-    tokio::spawn(follow_mistakes(shared.clone(), told));
+    Tasks::spawn_minor("count of mistakes", follow_mistakes(shared.clone(), told));
     let into = match shared.consul.clone() {
         Some(client) => {
             let (files, found) = watch::channel(Arc::default());
             let (mistakes, told) = watch::channel(Vec::new());
-            tokio::spawn(follow_mistakes(shared.clone(), told));
+            Tasks::spawn_minor("count of mistakes", follow_mistakes(shared.clone(), told));
             let (looked, first_look) = oneshot::channel();
-            tokio::spawn(follow_first_look(shared.clone(), first_look));
+            shared.tasks.spawn("readiness of policies", follow_first_look(shared.clone(), first_look));
             let settings = consul::PolicySettings { client, defaults: default_policy(config) };
             let random = fastrand::Rng::new();
-            tokio::spawn(consul::follow_policies(settings, found, policies, mistakes, looked, random));
+            let following = consul::follow_policies(settings, found, policies, mistakes, looked, random);
+            shared.tasks.spawn("policies in Consul", following);
             files
         }
         None => {
@@ -102,7 +108,7 @@ fn start_policies(shared: &Arc<Shared>, policies: watch::Sender<Arc<Policies>>) 
     match config.stores.policies.clone() {
         Some(folder) => {
             let settings = discovery::policies::Settings { folder, defaults: default_policy(config) };
-            tokio::spawn(discovery::policies::run(settings, into, mistakes));
+            shared.tasks.spawn("policy files", discovery::policies::run(settings, into, mistakes));
         }
         None => drop(tokio::spawn(keep((into, mistakes)))),
     }
@@ -182,16 +188,18 @@ pub(super) fn start_dns(
 ) -> Result<()> {
     let configured = &shared.config.stores.dns;
     let resolvers = if configured.is_empty() { resolvers_of_host() } else { configured.clone() };
+    let rebinding_allowed = shared.config.stores.dns_rebinding_allowed.clone();
     let running = dns::run(
-        dns::Settings { udp, tcp, resolvers },
+        dns::Settings { udp, tcp, resolvers, rebinding_allowed },
         shared.directory.clone(),
         shared.registry.clone(),
         shared.virtual_addresses.clone(),
         shared.telemetry.metrics().clone(),
     );
-    tokio::spawn(async move {
+    let tasks = shared.tasks.clone();
+    shared.tasks.spawn("DNS", async move {
         if let Err(error) = running.await {
-            tracing::error!("DNS is not answered: {error}");
+            tasks.fail("DNS", &format!("names are not answered: {error}"));
         }
     });
     Ok(())
@@ -214,6 +222,6 @@ pub(super) fn start_faces(
         probes: Vec::new(),
         quit: None,
     };
-    tokio::spawn(serve_public(public, face));
-    tokio::spawn(serve_private(private, views::private(shared, drain_asked.clone())));
+    shared.tasks.spawn("probes and metrics", serve_public(public, face));
+    shared.tasks.spawn("admin socket", serve_private(private, views::private(shared, drain_asked.clone())));
 }

@@ -54,7 +54,7 @@ fn endpoints(shared: &Shared) -> Value {
     let services = shared.upstreams.all().into_iter().map(|upstream| {
         let known = upstream.known();
         let expected = match &known.security {
-            Security::Plain => json!(null),
+            Security::Plain | Security::Forbidden => json!(null),
             Security::Mesh(expected) => json!(expected.iter().map(|id| id.as_str()).collect::<Vec<_>>()),
         };
         let endpoints: Vec<Value> = upstream

@@ -80,6 +80,12 @@ pub const KEYS: &[Key] = &[
         "Unknown destinations: `allow-any` passes them, `registry-only` refuses them",
     ),
     one("Traffic", "mtls", "MODE", "Plaintext to this workload: `permissive` takes it, `strict` refuses it"),
+    one(
+        "Traffic",
+        "outbound-mtls",
+        "MODE",
+        "Services without identities: `permissive` calls them in plaintext, `strict` refuses to",
+    ),
     many("Traffic", "mtls-port", "PORT=MODE", "The same for one port"),
     many("Traffic", "upstream", "ADDRESS:PORT=SERVICE", "Listen on a loopback address for one service"),
     one("Traffic", "connect-timeout", "TIME", "Longest wait for TCP and TLS to an endpoint [default: 1s]"),
@@ -92,6 +98,12 @@ pub const KEYS: &[Key] = &[
     ),
     one("Discovery", "policies-dir", "DIR", "Directory of policy files to watch"),
     many("Discovery", "dns-upstream", "ADDRESS", "Resolver for other names [default: /etc/resolv.conf]"),
+    many(
+        "Discovery",
+        "dns-rebinding-allow",
+        "DOMAIN",
+        "Names whose answers may be loopback or virtual addresses; `.` for all [default: none]",
+    ),
     Key {
         name: "consul",
         value: "ADDRESS",

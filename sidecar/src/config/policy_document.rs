@@ -28,18 +28,19 @@ pub fn read(text: &str, defaults: &Policy, mistakes: &mut Mistakes) -> Option<Po
         }
         None => defaults.identities.clone(),
     };
-    let mutual_tls = match root.take("mutual_tls") {
-        Some(item) => match item.word(&["permissive", "strict"], mistakes) {
-            Some(0) => Some(MutualTls::Permissive),
-            _ => Some(MutualTls::Strict),
-        },
-        None => defaults.mutual_tls,
-    };
+    let mutual_tls = self::mutual_tls(&mut root, "mutual_tls", mistakes).or(defaults.mutual_tls);
+    let outbound_mutual_tls =
+        self::mutual_tls(&mut root, "outbound_mutual_tls", mistakes).unwrap_or(defaults.outbound_mutual_tls);
     let timeouts = section(&mut root, "timeouts", &defaults.timeouts, mistakes, timeouts);
     let retries = section(&mut root, "retries", &defaults.retries, mistakes, retries);
     let breaker = section(&mut root, "breaker", &defaults.breaker, mistakes, breaker);
     root.finish(mistakes);
-    Some(Policy { protocol, identities, mutual_tls, timeouts, retries, breaker })
+    Some(Policy { protocol, identities, mutual_tls, outbound_mutual_tls, timeouts, retries, breaker })
+}
+
+fn mutual_tls(root: &mut Section, key: &'static str, mistakes: &mut Mistakes) -> Option<MutualTls> {
+    let word = root.take(key)?.word(&["permissive", "strict"], mistakes);
+    Some(if word == Some(0) { MutualTls::Permissive } else { MutualTls::Strict })
 }
 
 fn timeouts(section: &mut Section, defaults: &Timeouts, mistakes: &mut Mistakes) -> Timeouts {
@@ -194,6 +195,7 @@ mod tests {
             protocol: Some(Protocol::Http1),
             identities: vec!["spiffe://weft.local/ns/shop/sa/orders".parse().unwrap()],
             mutual_tls: Some(MutualTls::Strict),
+            outbound_mutual_tls: MutualTls::Strict,
             timeouts: Timeouts {
                 connect: Duration::from_millis(500),
                 request: Some(Duration::from_secs(10)),
@@ -222,6 +224,7 @@ mod tests {
         let text = "protocol: http3
 identities: [orders]
 mutual_tls: maybe
+outbound_mutual_tls: [strict]
 timeouts:
   connect: 2m
   request: 0s
@@ -242,11 +245,18 @@ colour: red
 ";
         let found = read_it(text).unwrap_err();
         let lines: Vec<u32> = found.iter().filter_map(|text| text.split(':').nth(1)?.parse().ok()).collect();
-        assert_eq!(lines, [1, 2, 3, 5, 6, 7, 9, 10, 11, 12, 12, 13, 14, 16, 17, 18, 19, 20], "{found:#?}");
-        assert_eq!(found[6], "orders.yaml:9: `retries.attempts` is -1; expected a whole number from 0 to 10");
         assert_eq!(
-            found[5],
-            "orders.yaml:7: `timeouts.atempt` is an unknown key; expected attempt, connect, request"
+            lines,
+            [1, 2, 3, 4, 6, 7, 8, 10, 11, 12, 13, 13, 14, 15, 17, 18, 19, 20, 21],
+            "{found:#?}"
+        );
+        assert_eq!(
+            found[7],
+            "orders.yaml:10: `retries.attempts` is -1; expected a whole number from 0 to 10"
+        );
+        assert_eq!(
+            found[6],
+            "orders.yaml:8: `timeouts.atempt` is an unknown key; expected attempt, connect, request"
         );
     }
 

@@ -52,6 +52,7 @@ impl Reader<'_> {
             authority: self.authority(),
             mode: self
                 .choice("mode", &[("allow-any", Mode::AllowAny), ("registry-only", Mode::RegistryOnly)]),
+            outbound_mutual_tls: self.choice("outbound-mtls", &MUTUAL_TLS),
             upstreams: self.upstreams(),
             connect_timeout: self.duration("connect-timeout", Timeouts::default().connect),
             stores: Stores {
@@ -59,6 +60,11 @@ impl Reader<'_> {
                 publish: self.parsed("publish", "true or false").unwrap_or(true),
                 policies: self.directory("policies-dir"),
                 dns: self.many("dns-upstream", "an IP address with an optional port", resolver),
+                dns_rebinding_allowed: self.many(
+                    "dns-rebinding-allow",
+                    "a domain such as `example.org`, or `.` for all",
+                    domain,
+                ),
                 state_dir: self.directory("state-dir"),
                 consul: self.consul(),
             },
@@ -104,17 +110,16 @@ impl Reader<'_> {
     }
 
     fn app(&mut self) -> App {
-        let modes = [("permissive", MutualTls::Permissive), ("strict", MutualTls::Strict)];
         App {
             ports: self.many("port", "a port from 1 to 65535", port),
             protocol: self.parsed_with("protocol", "http1, http2, grpc, tls or tcp", |text| {
                 serde_json::from_value::<Protocol>(text.into()).map_err(|_| "unknown")
             }),
-            mutual_tls: self.choice("mtls", &modes),
+            mutual_tls: self.choice("mtls", &MUTUAL_TLS),
             mutual_tls_ports: self
                 .many("mtls-port", "PORT=permissive or PORT=strict", |text| {
                     let (number, mode) = text.split_once('=')?;
-                    let mode = modes.iter().find(|(name, _)| *name == mode)?.1;
+                    let mode = MUTUAL_TLS.iter().find(|(name, _)| *name == mode)?.1;
                     Some((port(number)?, mode))
                 })
                 .into_iter()
@@ -309,6 +314,9 @@ pub(super) fn port(text: &str) -> Option<u16> {
     text.parse().ok().filter(|number| *number != 0)
 }
 
+const MUTUAL_TLS: [(&str, MutualTls); 2] =
+    [("permissive", MutualTls::Permissive), ("strict", MutualTls::Strict)];
+
 /// What a registry takes for a tag or a version.
 const EXPECTED_WORD: &str = "1 to 255 bytes without control characters";
 
@@ -320,6 +328,15 @@ fn word(text: &str) -> Option<String> {
 /// A resolver's address; port 53 where none is given.
 fn resolver(text: &str) -> Option<SocketAddr> {
     text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(|address| SocketAddr::new(address, 53)))
+}
+
+/// A domain in small letters, without dots at its ends; `.` is the empty one.
+fn domain(text: &str) -> Option<String> {
+    let plain = text.trim_matches('.').to_ascii_lowercase();
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
+    let is_domain =
+        plain.split('.').all(|label| (1..=63).contains(&label.len()) && label.bytes().all(allowed));
+    (text == "." || plain.len() <= 253 && is_domain).then_some(plain)
 }
 
 fn hex32(text: &str) -> Option<[u8; 32]> {

@@ -16,6 +16,7 @@ fn the_defaults_need_a_service_and_nothing_else() {
     let config = read(&["--service", "orders"], &[]).unwrap();
     assert_eq!(config.own.service.as_str(), "orders");
     assert_eq!(config.mode, Mode::AllowAny);
+    assert_eq!(config.outbound_mutual_tls, MutualTls::Permissive);
     assert_eq!(config.app.mutual_tls, MutualTls::Permissive);
     assert!(config.authority.is_none());
 }

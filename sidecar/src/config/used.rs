@@ -24,6 +24,8 @@ pub struct Config {
     pub authority: Option<Authority>,
     /// What happens to destinations that are no service.
     pub mode: Mode,
+    /// Are services called that nobody's identity is known of?
+    pub outbound_mutual_tls: MutualTls,
     /// Explicit upstreams on loopback addresses.
     pub upstreams: Vec<Upstream>,
     /// Longest wait for TCP and TLS where no policy says otherwise.
@@ -135,6 +137,8 @@ pub struct Stores {
     pub policies: Option<PathBuf>,
     /// Resolvers for names that are not ours; empty: those of `/etc/resolv.conf`.
     pub dns: Vec<SocketAddr>,
+    /// Domains whose names resolvers may lead to this host; an empty one stands for all.
+    pub dns_rebinding_allowed: Vec<String>,
     /// Where virtual addresses outlive a restart.
     pub state_dir: Option<PathBuf>,
     /// The registry; none: files alone.

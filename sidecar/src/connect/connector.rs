@@ -85,7 +85,7 @@ impl Connector {
     /// Opens a connection within `limit`, TCP and TLS together.
     ///
     /// # Errors
-    /// The `connect_*` failures, `no_identity`, and those of the handshake; `overloaded` where no descriptor is left.
+    /// The `connect_*` failures, `plaintext_forbidden`, `no_identity`, and those of the handshake; `overloaded` where no descriptor is left.
     pub async fn connect(
         &self,
         address: SocketAddr,
@@ -103,9 +103,13 @@ impl Connector {
     }
 
     async fn open(&self, address: SocketAddr, security: &Security, alpn: Alpn) -> Result<Secured> {
-        let Security::Mesh(expected) = security else {
-            let stream = self.dialer.dial(address).await.map_err(|error| dial_failed(address, &error))?;
-            return Ok(Secured { stream: stream.into(), peer: None });
+        let expected = match security {
+            Security::Mesh(expected) => expected,
+            Security::Plain => {
+                let stream = self.dialer.dial(address).await.map_err(|error| dial_failed(address, &error))?;
+                return Ok(Secured { stream: stream.into(), peer: None });
+            }
+            Security::Forbidden => return Err(plaintext_forbidden(address)),
         };
         let Some(credentials) = self.credentials.borrow().clone() else {
             return Err(Failed::new(
@@ -119,6 +123,14 @@ impl Connector {
             .map_err(|failed| Failed::new(failed.failure, format!("{address}: {}", failed.detail)))?;
         Ok(Secured { stream, peer: Some(peer) })
     }
+}
+
+fn plaintext_forbidden(address: SocketAddr) -> Failed {
+    let detail = format!(
+        "{address}: nobody says which identity to expect there, and plaintext is forbidden (--outbound-mtls, or \
+         `outbound_mutual_tls` of its policy); is its sidecar registered, or should its policy name `identities`?"
+    );
+    Failed::new(Failure::PlaintextForbidden, detail)
 }
 
 fn dial_failed(address: SocketAddr, error: &io::Error) -> Failed {
@@ -138,6 +150,26 @@ fn dial_failed(address: SocketAddr, error: &io::Error) -> Failed {
 mod tests {
     use super::*;
     use crate::policy::response::failure_speaks_against_endpoint;
+
+    #[tokio::test]
+    async fn where_plaintext_is_forbidden_nobody_is_dialled() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (address, limit) = (listener.local_addr().unwrap(), Duration::from_secs(5));
+        let connector = Connector::new(Dialer::Direct, watch::channel(None).1, Duration::ZERO);
+        for alpn in [Alpn::Http1, Alpn::Http2, Alpn::Tcp] {
+            let refused = connector.connect(address, &Security::Forbidden, alpn, limit).await.err().unwrap();
+            assert_eq!(refused.failure, Failure::PlaintextForbidden);
+            assert!(!failure_speaks_against_endpoint(refused.failure) && !refused.failure.is_transport());
+        }
+        let plain = connector.connect(address, &Security::Plain, Alpn::Tcp, limit).await.unwrap();
+        let (accepted, client) = listener.accept().await.unwrap();
+        drop((plain, accepted));
+        assert!(client.ip().is_loopback());
+        assert!(
+            tokio::time::timeout(Duration::from_millis(50), listener.accept()).await.is_err(),
+            "a forbidden connection was made"
+        );
+    }
 
     #[test]
     fn a_want_of_descriptors_does_not_speak_against_the_endpoint() {

@@ -61,6 +61,8 @@ impl Hash for Key {
 pub enum Security {
     /// Not at all: to the app on this host, or to a service outside the mesh.
     Plain,
+    /// It is not made: nobody says whom to expect there, and plaintext is forbidden.
+    Forbidden,
     /// Mutual TLS with a peer that has one of these identities.
     Mesh(Arc<[SpiffeId]>),
 }

@@ -4,10 +4,20 @@
 
 mod answer;
 mod forward;
+mod rebinding;
 mod resolv_conf;
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration, time::SystemTime};
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
 
+use hickory_proto::rr::RecordType;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream, UdpSocket},
@@ -17,7 +27,7 @@ use tokio::{
 };
 
 use self::{
-    answer::failed,
+    answer::{asked, failed, nothing},
     forward::{Forwarder, Transport},
 };
 use super::{Directory, Registry, VirtualAddresses};
@@ -49,6 +59,9 @@ pub struct Settings {
     pub tcp: Vec<std::net::TcpListener>,
     /// Resolvers for all other names, asked in this order; those that are our own sockets are left out.
     pub resolvers: Vec<SocketAddr>,
+    /// Domains whose names may have addresses of this host, or virtual ones, by the answers of resolvers; an empty one
+    /// stands for all. In small letters, without a dot at either end.
+    pub rebinding_allowed: Vec<String>,
 }
 
 /// What every question needs.
@@ -58,6 +71,9 @@ struct Responder {
     registry: Arc<Registry>,
     virtuals: Arc<VirtualAddresses>,
     forwarder: Forwarder,
+    rebinding_allowed: Vec<String>,
+    /// The first answer that was held back is told in the log.
+    held_back: AtomicBool,
     forwarded: Arc<Semaphore>,
     connections: Arc<Semaphore>,
     metrics: Arc<Metrics>,
@@ -66,7 +82,7 @@ struct Responder {
 /// Answers until it is dropped.
 ///
 /// # Errors
-/// Where a socket cannot be used.
+/// Where a socket cannot be used, or one of its tasks ended with a panic.
 pub async fn run(
     settings: Settings,
     directory: watch::Receiver<Arc<Directory>>,
@@ -92,6 +108,8 @@ pub async fn run(
         registry,
         virtuals,
         forwarder: Forwarder::new(settings.resolvers, &own),
+        rebinding_allowed: settings.rebinding_allowed,
+        held_back: AtomicBool::new(false),
         forwarded: Arc::new(Semaphore::new(MAX_FORWARDED)),
         connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
         metrics,
@@ -105,7 +123,7 @@ pub async fn run(
     tasks.spawn(follow(responder.directory.clone(), Arc::clone(&responder.virtuals)));
     while let Some(ended) = tasks.join_next().await {
         if let Err(error) = ended {
-            tracing::error!("a task of the DNS responder ended: {error}");
+            return Err(io::Error::other(format!("a task of the DNS responder ended: {error}")));
         }
     }
     Ok(())
@@ -184,6 +202,13 @@ async fn converse(responder: &Responder, mut stream: TcpStream) -> io::Result<()
             Decision::Silence => return Ok(()),
             Decision::Answer(answer) => answer,
             decision => match responder.forwarded.try_acquire() {
+                Ok(_permit) if decision == Decision::Forward && is_transfer(&question) => {
+                    if forward::transfer(&responder.forwarder, &question, &mut stream, IDLE).await? {
+                        continue;
+                    }
+                    responder.metrics.dns_query("failed");
+                    failed(&question)
+                }
                 Ok(_permit) => responder.find_out(&question, decision, Transport::Tcp).await,
                 Err(_) => failed(&question),
             },
@@ -192,6 +217,11 @@ async fn converse(responder: &Responder, mut stream: TcpStream) -> io::Result<()
         timeout(IDLE, stream.write_all(&framed)).await??;
     }
     Ok(())
+}
+
+/// Is it answered by a number of messages?
+fn is_transfer(question: &[u8]) -> bool {
+    asked(question).is_some_and(|(_, kind)| matches!(kind, RecordType::AXFR | RecordType::IXFR))
 }
 
 impl Responder {
@@ -232,12 +262,44 @@ impl Responder {
     /// The resolvers' answer, or ours that none of them gave one.
     async fn forward(&self, question: &[u8], transport: Transport) -> Vec<u8> {
         match self.forwarder.ask(question, transport).await {
-            Some(answer) => answer,
+            Some(answer) if self.may_have(question, &answer) => answer,
+            Some(_) => {
+                self.metrics.dns_query("held_back");
+                nothing(question)
+            }
             None => {
                 self.metrics.dns_query("failed");
                 failed(question)
             }
         }
+    }
+}
+
+impl Responder {
+    /// Does the answer lead to where a foreign name may lead?
+    fn may_have(&self, question: &[u8], answer: &[u8]) -> bool {
+        let Some((name, _)) = asked(question) else { return true };
+        if rebinding::is_harmless(answer) {
+            return true;
+        }
+        let name = name.trim_end_matches('.');
+        let is_within = |domain: &String| {
+            let rest = name.strip_suffix(domain.as_str());
+            domain.is_empty() || rest.is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+        };
+        if self.rebinding_allowed.iter().any(is_within) {
+            return true;
+        }
+        let what = "a resolver's answer would lead to this host or to a virtual address; it is held back";
+        if self.held_back.swap(true, Ordering::Relaxed) {
+            tracing::debug!(name, "{what}");
+        } else {
+            tracing::warn!(
+                name,
+                "{what}, and so are others like it (--dns-rebinding-allow DOMAIN lets them pass)"
+            );
+        }
+        false
     }
 }
 

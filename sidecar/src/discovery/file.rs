@@ -44,8 +44,10 @@ pub async fn run(
             let found = documents.look(SystemTime::now());
             (documents, found)
         });
-        // The look does not panic; if it did, ending leaves the last good directory in place.
-        let Ok((same, (services, found))) = looked.await else { return };
+        // The look does not panic; if it did, whoever started us would have to know.
+        let Ok((same, (services, found))) = looked.await else {
+            panic!("the look at a folder of documents ended with a panic");
+        };
         documents = same;
         let newer = directory.borrow().updated(services);
         if mem::take(&mut first) || !directory.borrow().same_as(&newer) {

@@ -10,6 +10,7 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::fs::MetadataExt,
     },
+    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
@@ -155,7 +156,10 @@ pub(super) fn take_over<T>(
     for (file, text) in look.changed {
         let content = text.map_err(|mistake| vec![mistake]).and_then(|text| {
             let mut mistakes = Mistakes::new(&file);
-            let content = read(&text, &mut mistakes);
+            // What one document does to its reader is no reason to forget the others.
+            let content = catch_unwind(AssertUnwindSafe(|| read(&text, &mut mistakes))).map_err(|_| {
+                vec![mistake(&file, "reading it ended with a panic, a bug of ours".to_owned())]
+            })?;
             mistakes.or_else(content)
         });
         match content {
@@ -292,6 +296,7 @@ mod tests {
             let look = Look { changed: vec![(file.clone(), Ok(text.to_owned()))], ..Look::default() };
             take_over(look, &mut good, &mut bad, |text, mistakes| match text.parse::<u8>() {
                 Ok(number) => Some(number),
+                Err(_) if text == "bug" => panic!("a bug, for this test"),
                 Err(error) => {
                     mistakes.add(Some(1), error.to_string());
                     None
@@ -302,6 +307,7 @@ mod tests {
         assert_eq!(take("one"), (None, 1));
         assert_eq!(take("1"), (Some(1), 0));
         assert_eq!(take("two"), (Some(1), 1));
+        assert_eq!(take("bug"), (Some(1), 1));
         assert_eq!(take("2"), (Some(2), 0));
     }
 

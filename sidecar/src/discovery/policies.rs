@@ -46,8 +46,10 @@ pub async fn run(
             let found = documents.look();
             (documents, found)
         });
-        // The look does not panic; if it did, ending leaves the last good policies in place.
-        let Ok((same, (newer, found))) = looked.await else { return };
+        // The look does not panic; if it did, whoever started us would have to know.
+        let Ok((same, (newer, found))) = looked.await else {
+            panic!("the look at a folder of documents ended with a panic");
+        };
         documents = same;
         if mem::take(&mut first) || !same_policies(&policies.borrow(), &newer) {
             policies.send_replace(Arc::new(newer));

@@ -43,6 +43,8 @@ pub enum Failure {
     UntrustedPeer,
     /// Plaintext or a foreign TLS where only mutual TLS of the mesh is taken.
     PlaintextRefused,
+    /// The service has no identities, and this sidecar, or its policy, does not call it in plaintext.
+    PlaintextForbidden,
     /// We have no valid certificate of our own.
     NoIdentity,
     /// The connection broke before the answer began.
@@ -100,6 +102,7 @@ impl Failure {
         Failure::WrongIdentity,
         Failure::UntrustedPeer,
         Failure::PlaintextRefused,
+        Failure::PlaintextForbidden,
         Failure::NoIdentity,
         Failure::Reset,
         Failure::BodyCut,
@@ -174,6 +177,7 @@ impl Failure {
             Failure::WrongIdentity => ("wrong_identity", 503, Upstream),
             Failure::UntrustedPeer => ("untrusted_peer", 503, Upstream),
             Failure::PlaintextRefused => ("plaintext_refused", 403, Client),
+            Failure::PlaintextForbidden => ("plaintext_forbidden", 503, Mesh),
             Failure::NoIdentity => ("no_identity", 503, Mesh),
             Failure::Reset => ("reset", 502, Upstream),
             Failure::BodyCut => ("body_cut", 502, Upstream),

@@ -17,6 +17,8 @@ pub struct Policy {
     pub identities: Vec<SpiffeId>,
     /// Whether the service's own sidecars take plaintext.
     pub mutual_tls: Option<MutualTls>,
+    /// Whether it is called where nobody says whom to expect there.
+    pub outbound_mutual_tls: MutualTls,
     /// How long to wait for what.
     pub timeouts: Timeouts,
     /// When to try again.
@@ -25,14 +27,14 @@ pub struct Policy {
     pub breaker: Breaker,
 }
 
-/// Does a sidecar take connections that are not mesh mutual TLS?
+/// Does a sidecar take, or make, connections that are not mesh mutual TLS?
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, serde::Deserialize, Default)]
 #[serde(rename_all = "lowercase")]
 pub enum MutualTls {
-    /// Both; plaintext callers are counted by address.
+    /// Both; inbound, plaintext callers are counted by address.
     #[default]
     Permissive,
-    /// Mesh mutual TLS only; an app's foreign TLS is refused too.
+    /// Mesh mutual TLS only; inbound, an app's foreign TLS is refused too.
     Strict,
 }
 

@@ -115,7 +115,7 @@ impl Outbound {
         let deadline = Deadline::start(known.policy.timeouts.request, grpc_timeout, None, Instant::now());
         let version = match known.security {
             Security::Mesh(_) => HttpVersion::Http2,
-            Security::Plain => spoken,
+            Security::Plain | Security::Forbidden => spoken,
         };
         headers::remove_per_hop(request.headers_mut());
         headers::frame_for(&mut request, version, authority, || authority_of(upstream))?;

@@ -14,7 +14,9 @@ use crate::{
     balance::{Balancer, Picked},
     connect::Security,
     discovery::{Directory, Interest, Registry, policies::Policies},
-    model::{Endpoint, Failed, Failure, Policy, Protocol, Registered, Result, Service, ServiceName},
+    model::{
+        Endpoint, Failed, Failure, MutualTls, Policy, Protocol, Registered, Result, Service, ServiceName,
+    },
     policy::budget::Bucket,
     telemetry::{Direction, ServiceMetrics, Telemetry},
 };
@@ -51,8 +53,11 @@ pub struct Known {
 impl Known {
     fn new(service: Arc<Service>, policy: Arc<Policy>) -> Self {
         let expected = if policy.identities.is_empty() { &service.identities } else { &policy.identities };
-        let security =
-            if expected.is_empty() { Security::Plain } else { Security::Mesh(expected[..].into()) };
+        let security = match (expected.is_empty(), policy.outbound_mutual_tls) {
+            (false, _) => Security::Mesh(expected[..].into()),
+            (true, MutualTls::Permissive) => Security::Plain,
+            (true, MutualTls::Strict) => Security::Forbidden,
+        };
         Known { service, policy, security }
     }
 

@@ -86,6 +86,7 @@ pub const WHERE_IT_SENDS_IT: Test = (
         Failure::ConnectRefused,
         Failure::ConnectTimeout,
         Failure::ConnectUnreachable,
+        Failure::PlaintextForbidden,
     ],
 );
 
@@ -102,6 +103,8 @@ fn where_it_sends_it() {
     server.shell("iptables -A INPUT -p tcp --dport 8082 -j DROP");
     service(&mesh, "nowhere", "203.0.113.1:80");
     client.shell("ip route add unreachable 203.0.113.0/24");
+    service(&mesh, "secret", &server_port(8080));
+    fs::write(mesh.policies().join("secret.yaml"), "outbound_mutual_tls: strict\n").unwrap();
     let flags = ["--mode", "registry-only", "--connect-timeout", "300ms"];
     let sidecar = mesh.sidecar(&client, "web", &flags);
     let mut shown = Shown::by(WHERE_IT_SENDS_IT, &sidecar, &client);
@@ -118,6 +121,7 @@ fn where_it_sends_it() {
         ("closed", Failure::ConnectRefused),
         ("silent", Failure::ConnectTimeout),
         ("nowhere", Failure::ConnectUnreachable),
+        ("secret", Failure::PlaintextForbidden),
     ] {
         let seen = curl(&client, &[&format!("http://{name}/")]);
         shown.answered(failure, &seen);

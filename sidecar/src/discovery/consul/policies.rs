@@ -28,7 +28,7 @@ use crate::{
         policy_document,
     },
     discovery::{folder::log_new, policies::Policies},
-    model::{Policy, ServiceName},
+    model::{MutualTls, Policy, ServiceName},
 };
 
 /// Documents, and bytes of one of them; as in a directory.
@@ -275,7 +275,14 @@ impl Store {
         let mut mistakes = Mistakes::new(Path::new(&shown(name)));
         let read = policy_document::read(&text, &self.defaults, &mut mistakes);
         let missing = || refuse("is no document".to_owned());
-        Ok((service, Arc::new(mistakes.or_else(read)?.ok_or_else(missing)?)))
+        let policy = mistakes.or_else(read)?.ok_or_else(missing)?;
+        let strictest = self.defaults.outbound_mutual_tls;
+        if strictest == MutualTls::Strict && policy.outbound_mutual_tls != strictest {
+            let text = "`outbound_mutual_tls` is permissive, but this sidecar is told to be strict; expected it in \
+                        the policies directory, for whoever may write the registry may not take that back";
+            return Err(refuse(text.to_owned()));
+        }
+        Ok((service, Arc::new(policy)))
     }
 
     /// The policies now, files first; and all mistakes.
@@ -355,6 +362,30 @@ mod tests {
         let mut random = fastrand::Rng::with_seed(1);
         assert!(rest_after(Some(Place::of(7)), true, &mut random) >= PAUSE_WITHOUT_ANY);
         assert_eq!(rest_after(Some(Place::of(7)), false, &mut random), LEAST_PAUSE);
+    }
+
+    #[test]
+    fn the_registry_makes_calls_stricter_and_never_laxer() {
+        let (permissive, strict) =
+            (MutualTls::Permissive, Policy { outbound_mutual_tls: MutualTls::Strict, ..Policy::default() });
+        for (defaults, word, expected) in [
+            (Policy::default(), "strict", Some(MutualTls::Strict)),
+            (Policy::default(), "permissive", Some(permissive)),
+            (strict.clone(), "strict", Some(MutualTls::Strict)),
+            (strict, "permissive", None),
+        ] {
+            let mut store = Store::new(defaults.clone());
+            let text = format!("outbound_mutual_tls: {word}");
+            store.take(Some(5), vec![entry("orders", 5, &text)], false);
+            let (policies, mistakes) = store.policies(&Policies::default());
+            let found = policies.values().next().map(|policy| policy.outbound_mutual_tls);
+            assert_eq!(found, expected, "{defaults:?} {word}");
+            assert_eq!(mistakes.len(), usize::from(expected.is_none()), "{mistakes:?}");
+            assert!(
+                mistakes.iter().all(|one| one.to_string().contains("policies directory")),
+                "{mistakes:?}"
+            );
+        }
     }
 
     #[test]

@@ -66,8 +66,14 @@ pub fn decide(
         return Decision::Silence;
     }
     let refuse = |code| Decision::Answer(respond(&header.metadata, code, None, None, false));
-    if header.metadata.op_code != OpCode::Query {
-        return refuse(ResponseCode::NotImp);
+    match header.metadata.op_code {
+        OpCode::Query => {}
+        // RFC 2136, RFC 1996: not about names that we have, and for name servers that know what to do with them.
+        OpCode::Update | OpCode::Notify => {
+            let is_ours = Query::read(&mut decoder).is_ok_and(|zone| is_below_our_suffix(zone.name()));
+            return if is_ours { refuse(ResponseCode::Refused) } else { Decision::Forward };
+        }
+        _ => return refuse(ResponseCode::NotImp),
     }
     let query = match (header.counts.queries, Query::read(&mut decoder)) {
         (1, Ok(query)) => query,
@@ -109,10 +115,32 @@ pub fn decide(
 
 /// The answer that no answer could be had (SERVFAIL).
 pub(super) fn failed(question: &[u8]) -> Vec<u8> {
+    without_records(question, ResponseCode::ServFail)
+}
+
+/// The answer that there is nothing of what was asked for.
+pub(super) fn nothing(question: &[u8]) -> Vec<u8> {
+    without_records(question, ResponseCode::NoError)
+}
+
+fn without_records(question: &[u8], code: ResponseCode) -> Vec<u8> {
     let mut decoder = BinDecoder::new(question);
     let Ok(header) = Header::read(&mut decoder) else { return Vec::new() };
     let query = Query::read(&mut decoder).ok();
-    respond(&header.metadata, ResponseCode::ServFail, query, None, false)
+    respond(&header.metadata, code, query, None, false)
+}
+
+/// The question of a message that is a plain one (QUERY), with the name in small letters.
+pub(super) fn asked(question: &[u8]) -> Option<(String, RecordType)> {
+    let mut decoder = BinDecoder::new(question);
+    let header = Header::read(&mut decoder).ok()?;
+    let query = Query::read(&mut decoder).ok()?;
+    let is_query = header.metadata.op_code == OpCode::Query;
+    is_query.then(|| (query.name().to_ascii().to_ascii_lowercase(), query.query_type()))
+}
+
+fn is_below_our_suffix(name: &Name) -> bool {
+    name.iter().next_back().is_some_and(|label| label.eq_ignore_ascii_case(SUFFIX.as_bytes()))
 }
 
 enum Meaning {

@@ -6,7 +6,7 @@ use std::{io, net::Ipv4Addr, net::Ipv6Addr, net::SocketAddr, time::Duration};
 
 use aws_lc_rs::rand;
 use hickory_proto::{
-    op::{Header, MessageType, Query, ResponseCode},
+    op::{Header, MessageType, OpCode, Query, ResponseCode},
     serialize::binary::{BinDecodable, BinDecoder},
 };
 use tokio::{
@@ -106,12 +106,59 @@ async fn ask_udp(question: &[u8], resolver: SocketAddr) -> io::Result<Vec<u8>> {
     }
 }
 
+/// Carries a zone transfer (RFC 5936, RFC 1995) to the client as it is: as many messages as come. It ends when the
+/// server closes or is silent for `idle`, or the client is gone. False where nobody can be asked, or nobody answers.
+pub(super) async fn transfer(
+    forwarder: &Forwarder,
+    question: &[u8],
+    client: &mut TcpStream,
+    idle: Duration,
+) -> io::Result<bool> {
+    for resolver in &forwarder.resolvers {
+        let Ok(Ok((mut server, mut message))) = timeout(PATIENCE, begin_transfer(question, *resolver)).await
+        else {
+            continue;
+        };
+        loop {
+            timeout(idle, client.write_all(&framed(&message)?)).await??;
+            tokio::select! {
+                next = timeout(idle, read_message(&mut server)) => match next {
+                    Ok(Ok(next)) => message = next,
+                    _ => return Ok(true),
+                },
+                () = gone(client) => return Ok(true),
+            }
+        }
+    }
+    Ok(false)
+}
+
+/// Comes when the client has closed. A further question of it waits until the transfer is over.
+async fn gone(client: &TcpStream) {
+    if client.peek(&mut [0]).await.is_ok_and(|length| length > 0) {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Asks, and reads the first message. The client's own id stays: whoever could guess it cannot write here.
+async fn begin_transfer(question: &[u8], resolver: SocketAddr) -> io::Result<(TcpStream, Vec<u8>)> {
+    let mut server = TcpStream::connect(resolver).await?;
+    server.write_all(&framed(question)?).await?;
+    let first = read_message(&mut server).await?;
+    if answers(question, &first) { Ok((server, first)) } else { Err(io::ErrorKind::InvalidData.into()) }
+}
+
+async fn read_message(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
+    let mut message = vec![0; stream.read_u16().await?.into()];
+    stream.read_exact(&mut message).await?;
+    Ok(message)
+}
+
 async fn ask_tcp(question: &[u8], resolver: SocketAddr) -> io::Result<Vec<u8>> {
     let question = with_new_id(question)?;
     let mut stream = TcpStream::connect(resolver).await?;
     stream.write_all(&framed(&question)?).await?;
-    let mut answer = vec![0; stream.read_u16().await?.into()];
-    stream.read_exact(&mut answer).await?;
+    let answer = read_message(&mut stream).await?;
     if answers(&question, &answer) { Ok(answer) } else { Err(io::ErrorKind::InvalidData.into()) }
 }
 
@@ -131,16 +178,19 @@ fn with_new_id(question: &[u8]) -> io::Result<Vec<u8>> {
 
 /// Is this an answer to that question? A server that could not read the question may leave it out.
 pub fn answers(question: &[u8], answer: &[u8]) -> bool {
-    let (Some((asked, Some(query))), Some((header, repeated))) = (start(question), start(answer)) else {
+    let (Some((asked, query)), Some((header, repeated))) = (start(question), start(answer)) else {
         return false;
     };
-    let matches = match repeated {
-        Some(repeated) => {
+    let matches = match (query, repeated) {
+        (Some(query), Some(repeated)) => {
             repeated.name() == query.name()
                 && repeated.query_type() == query.query_type()
                 && repeated.query_class() == query.query_class()
         }
-        None => header.metadata.response_code != ResponseCode::NoError,
+        // RFC 2136 3.8: an answer to an UPDATE may be a header and nothing else.
+        (_, None) if asked.metadata.op_code != OpCode::Query => true,
+        (Some(_), None) => header.metadata.response_code != ResponseCode::NoError,
+        (None, _) => false,
     };
     header.metadata.id == asked.metadata.id
         && header.metadata.message_type == MessageType::Response
@@ -169,7 +219,7 @@ fn is_refusal(answer: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use hickory_proto::{
-        op::{Message, OpCode},
+        op::Message,
         rr::{Name, RecordType},
     };
 
@@ -200,6 +250,24 @@ mod tests {
             (Vec::new(), false),
         ] {
             assert_eq!(answers(&question, &answer), expected, "{answer:?}");
+        }
+    }
+
+    #[test]
+    fn an_answer_to_an_update_may_be_a_header() {
+        let with = |kind, name: &str, op_code| {
+            let mut bytes = Message::from_vec(&message(5, kind, name, ResponseCode::NoError)).unwrap();
+            bytes.metadata.op_code = op_code;
+            bytes.to_vec().unwrap()
+        };
+        let update = with(MessageType::Query, "example.", OpCode::Update);
+        for (answer, expected) in [
+            (with(MessageType::Response, "example.", OpCode::Update), true),
+            (with(MessageType::Response, "", OpCode::Update), true),
+            (with(MessageType::Response, "other.", OpCode::Update), false),
+            (with(MessageType::Response, "", OpCode::Query), false),
+        ] {
+            assert_eq!(answers(&update, &answer), expected, "{answer:?}");
         }
     }
 

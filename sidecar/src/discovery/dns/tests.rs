@@ -12,6 +12,8 @@ use crate::model::Service;
 #[derive(Clone, Copy)]
 enum Manner {
     Answers(Ipv4Addr),
+    /// Some messages over TCP, and then nothing.
+    Transfers(u16),
     /// First sends answers that must not be believed.
     Lies(Ipv4Addr),
     Refuses,
@@ -76,6 +78,13 @@ async fn resolver(manner: Manner) -> (SocketAddr, tokio::sync::mpsc::UnboundedRe
 fn answers(question: &Message, manner: Manner) -> Vec<Message> {
     match manner {
         Manner::Silent => Vec::new(),
+        Manner::Transfers(count) => (0..count)
+            .map(|number| {
+                let mut part = answer_of(question, Ipv4Addr::from(u32::from(number) + 1));
+                part.metadata.op_code = question.metadata.op_code;
+                part
+            })
+            .collect(),
         Manner::Answers(address) => vec![answer_of(question, address)],
         Manner::Refuses => {
             let mut answer = Message::error_msg(question.metadata.id, OpCode::Query, ResponseCode::Refused);
@@ -95,13 +104,21 @@ fn answers(question: &Message, manner: Manner) -> Vec<Message> {
 
 /// The responder with one service, `orders`.
 async fn responder(resolvers: Vec<SocketAddr>) -> (SocketAddr, SocketAddr, Ipv4Addr) {
+    responder_that_lets(resolvers, &[]).await
+}
+
+async fn responder_that_lets(
+    resolvers: Vec<SocketAddr>,
+    allowed: &[&str],
+) -> (SocketAddr, SocketAddr, Ipv4Addr) {
     let directory = Arc::new(Directory::new(vec![Service::named("orders".parse().unwrap())]));
     let virtuals = Arc::new(VirtualAddresses::in_memory());
     let expected = virtuals.address_of(&"orders".parse().unwrap(), SystemTime::now()).unwrap();
     let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let places = (udp.local_addr().unwrap(), tcp.local_addr().unwrap());
-    let settings = Settings { udp: vec![udp], tcp: vec![tcp], resolvers };
+    let rebinding_allowed = allowed.iter().map(|domain| (*domain).to_owned()).collect();
+    let settings = Settings { udp: vec![udp], tcp: vec![tcp], resolvers, rebinding_allowed };
     let (sender, receiver) = watch::channel(directory);
     tokio::spawn(async move {
         let _still_published = sender;
@@ -204,4 +221,81 @@ async fn rubbish_ends_nothing() {
     stream.write_all(&[0, 3, 1, 2, 3]).await.unwrap();
     assert_eq!(stream.read(&mut [0; 10]).await.unwrap(), 0, "the connection is closed");
     assert_eq!(address(&ask_udp(udp, &question(1, "orders.")).await), Some(orders));
+}
+
+#[tokio::test]
+async fn no_foreign_name_leads_to_this_host_or_to_a_service() {
+    for bad in [[127, 0, 0, 1], [0, 0, 0, 0], [240, 1, 2, 3]] {
+        let (resolver, _asked) = resolver(Manner::Answers(bad.into())).await;
+        let (udp, tcp, orders) = responder(vec![resolver]).await;
+        let mut stream = TcpStream::connect(tcp).await.unwrap();
+        for answer in [
+            ask_udp(udp, &question(4, "rebind.example.")).await,
+            ask_tcp(&mut stream, &question(4, "rebind.example.")).await,
+        ] {
+            assert_eq!((answer.metadata.id, answer.metadata.response_code), (4, ResponseCode::NoError));
+            assert!(answer.answers.is_empty() && answer.queries.len() == 1, "{answer:?}");
+        }
+        // Our own answers are not looked at.
+        assert_eq!(address(&ask_udp(udp, &question(1, "orders.")).await), Some(orders));
+        assert_eq!(address(&ask_udp(udp, &question(1, "localhost.")).await), Some(Ipv4Addr::LOCALHOST));
+        for (allowed, name, passes) in [
+            ("", "rebind.example.", true),
+            ("example", "Rebind.Example.", true),
+            ("rebind.example", "rebind.example.", true),
+            ("bind.example", "rebind.example.", false),
+            ("other.example", "rebind.example.", false),
+        ] {
+            let (udp, _, _) = responder_that_lets(vec![resolver], &[allowed]).await;
+            let found = address(&ask_udp(udp, &question(2, name)).await);
+            assert_eq!(found, passes.then_some(bad.into()), "{name} with {allowed:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_zone_transfer_comes_whole_and_the_next_question_too() {
+    let (resolver, _asked) = resolver(Manner::Transfers(500)).await;
+    let (_, tcp, orders) = responder(vec![resolver]).await;
+    for kind in [RecordType::AXFR, RecordType::IXFR] {
+        let mut stream = TcpStream::connect(tcp).await.unwrap();
+        let mut transfer = question(7, "example.org.");
+        transfer.queries[0].set_query_type(kind);
+        let first = ask_tcp(&mut stream, &transfer).await;
+        assert_eq!((first.metadata.id, address(&first)), (7, Some([0, 0, 0, 1].into())));
+        for number in 2..=500_u32 {
+            let mut bytes = vec![0; stream.read_u16().await.unwrap().into()];
+            stream.read_exact(&mut bytes).await.unwrap();
+            assert_eq!(address(&message(&bytes)), Some(number.into()));
+        }
+        assert_eq!(address(&ask_tcp(&mut stream, &question(8, "orders.")).await), Some(orders));
+    }
+    let (_, tcp, _) = responder(Vec::new()).await;
+    let mut stream = TcpStream::connect(tcp).await.unwrap();
+    let mut transfer = question(7, "example.org.");
+    transfer.queries[0].set_query_type(RecordType::AXFR);
+    assert_eq!(ask_tcp(&mut stream, &transfer).await.metadata.response_code, ResponseCode::ServFail);
+}
+
+#[tokio::test]
+async fn updates_and_notifications_go_on_as_they_are() {
+    let (resolver, mut asked) = resolver(Manner::Transfers(1)).await;
+    let (udp, tcp, _) = responder(vec![resolver]).await;
+    for op_code in [OpCode::Update, OpCode::Notify] {
+        let mut update = question(9, "example.org.");
+        update.metadata.op_code = op_code;
+        let mut stream = TcpStream::connect(tcp).await.unwrap();
+        for answer in [ask_udp(udp, &update).await, ask_tcp(&mut stream, &update).await] {
+            assert_eq!((answer.metadata.id, answer.metadata.op_code), (9, op_code));
+            assert_eq!(answer.metadata.response_code, ResponseCode::NoError);
+        }
+        let mut ours = question(9, "orders.weft.");
+        ours.metadata.op_code = op_code;
+        assert_eq!(ask_udp(udp, &ours).await.metadata.response_code, ResponseCode::Refused);
+    }
+    let mut count = 0;
+    while asked.try_recv().is_ok() {
+        count += 1;
+    }
+    assert_eq!(count, 2, "over UDP each once");
 }

@@ -152,6 +152,8 @@ fn what_is_no_question_gets_an_error_or_silence() {
     assert_eq!(ask(&answer.to_vec().unwrap()), Decision::Silence);
     let mut update = good.clone();
     update.metadata.op_code = OpCode::Update;
+    assert_eq!(ask(&update.to_vec().unwrap()), Decision::Forward);
+    update.metadata.op_code = OpCode::Status;
     assert_eq!(code(&update), ResponseCode::NotImp);
     let mut two = good.clone();
     two.add_query(good.queries[0].clone());
