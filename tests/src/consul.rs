@@ -1,7 +1,7 @@
 //! Real Consul agents in pods: one that is everything (`-dev`, with nothing on disk, so that it comes back empty),
 //! or servers of a cluster with agents beside the apps. Everything ends with the test.
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, process::Command};
 
 use serde_json::Value;
 
@@ -84,6 +84,12 @@ impl<'a> Consul<'a> {
         fs::write(&file, settings).expect("the settings of Consul");
         let shown = |path: PathBuf| path.display().to_string();
         arguments.extend(["-config-file".to_owned(), shown(file)]);
+        // Since 1.14 the plain gRPC port does not start where TLS is set.
+        if settings.contains("cert_file") && version() >= (1, 14) {
+            let file = folder.path().join("newer.hcl");
+            fs::write(&file, "ports { grpc = -1 }").expect("the settings of a newer Consul");
+            arguments.extend(["-config-file".to_owned(), shown(file)]);
+        }
         arguments.extend(["-node", pod.netns().name(), "-disable-host-node-id"].map(str::to_owned));
         if !arguments.contains(&"-dev".to_owned()) {
             arguments.extend(["-data-dir".to_owned(), shown(folder.path().join("data"))]);
@@ -220,6 +226,18 @@ impl<'a> Consul<'a> {
     }
 }
 
+/// Major and minor version of the agent in the PATH.
+fn version() -> (u32, u32) {
+    let mut consul = Command::new("consul");
+    consul.arg("version");
+    version_in(&output_of(consul)).expect("`consul version` says `Consul vX.Y.Z`")
+}
+
+fn version_in(text: &str) -> Option<(u32, u32)> {
+    let mut numbers = text.trim_start().strip_prefix("Consul v")?.split('.');
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
 fn joining(pod: &Pod, servers: &[&Pod]) -> Vec<String> {
     let bind = pod.ipv4().to_string();
     let mut arguments = ["-client", "0.0.0.0", "-bind", &bind].map(str::to_owned).to_vec();
@@ -228,4 +246,17 @@ fn joining(pod: &Pod, servers: &[&Pod]) -> Vec<String> {
     }
     arguments.extend(["-retry-interval", "1s"].map(str::to_owned));
     arguments
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_is_read() {
+        assert_eq!(version_in("Consul v1.8.7\nProtocol 2 spoken"), Some((1, 8)));
+        assert_eq!(version_in("Consul v1.14.11\nRevision a6d7a8d3\n"), Some((1, 14)));
+        assert_eq!(version_in("Consul v1.21.0-rc1+ent\n"), Some((1, 21)));
+        assert_eq!(version_in("consul"), None);
+    }
 }

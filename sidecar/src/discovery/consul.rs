@@ -12,14 +12,17 @@ mod examine;
 mod fake;
 mod health;
 mod known;
+mod lines;
 mod loss;
+#[cfg(test)]
+mod newer;
 mod policies;
 mod register;
 mod token;
 mod watch;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -27,12 +30,13 @@ use std::{
 use serde::Serialize;
 use tokio::{
     sync::{mpsc, watch as channel},
-    task::JoinSet,
-    time::{Instant, sleep_until},
+    task::{self, JoinError, JoinSet},
+    time::{Instant, sleep, sleep_until},
 };
 
 use self::{
     error::{Error, Kind},
+    lines::Lines,
     watch::{News, Watch},
 };
 use super::{
@@ -43,7 +47,7 @@ use crate::model::{Registered, Service, ServiceName};
 
 pub use self::{
     client::Client,
-    examine::{Examined, examine},
+    examine::{Examined, Instances, examine},
     policies::{PolicySettings, follow_policies},
     register::{OwnRegistration, Registration, register},
 };
@@ -68,6 +72,8 @@ pub struct Status {
     pub mistakes: Vec<String>,
 }
 
+/// A watch that ended with a panic begins anew after this long: what it met may be there still.
+const AFTER_PANIC: Duration = Duration::from_secs(10);
 /// Mistakes shown in a status.
 const MAX_SHOWN: usize = 50;
 
@@ -84,6 +90,7 @@ struct Source {
     tasks: JoinSet<()>,
     tell: mpsc::Sender<News>,
     outage: Option<String>,
+    lines: Lines,
     random: fastrand::Rng,
     /// Of the last watch that began.
     number: u64,
@@ -91,9 +98,13 @@ struct Source {
 
 struct Watched {
     number: u64,
+    interest: Arc<Interest>,
+    task: task::Id,
     service: Option<Arc<Service>>,
     /// What is wrong with it, as it was last told.
     mistakes: Vec<String>,
+    /// Instances that cannot be read.
+    unreadable: usize,
 }
 
 /// Watches what is asked for, and publishes it together with the services of the files. Ends when nobody listens
@@ -119,6 +130,7 @@ pub async fn run(
         tasks: JoinSet::new(),
         tell,
         outage: None,
+        lines: Lines::default(),
         random,
         number: 0,
     };
@@ -147,7 +159,7 @@ impl Source {
                     has_files = changed.is_ok();
                     self.files_changed()
                 }
-                Some(_) = self.tasks.join_next() => false,
+                Some(ended) = self.tasks.join_next_with_id() => self.ended(ended),
                 () = publishing => {
                     publish_at = None;
                     self.publish();
@@ -168,23 +180,55 @@ impl Source {
             self.covered.insert(name, interest);
             return false;
         }
+        // What was known when an earlier watch ended is with whoever still calls it.
+        self.watch(interest, None);
+        false
+    }
+
+    /// Begins a watch; `known` is what was known of the service by another one.
+    fn watch(&mut self, interest: Arc<Interest>, known: Option<Watched>) {
         self.number += 1;
         let (client, tell) = (self.client.clone(), self.tell.clone());
-        let watch = Watch::new(self.number, client, interest, tell, self.random.fork());
-        self.tasks.spawn(watch.run());
-        // What was known when an earlier watch ended is with whoever still calls it.
-        self.watched.insert(name, Watched { number: self.number, service: None, mistakes: Vec::new() });
+        let watch = Watch::new(self.number, client, interest.clone(), tell, self.random.fork());
+        let rest = if known.is_some() { AFTER_PANIC } else { Duration::ZERO };
+        let running = async move {
+            sleep(rest).await;
+            watch.run().await;
+        };
+        let task = self.tasks.spawn(running).id();
+        let (service, mistakes, unreadable) = match known {
+            Some(known) => (known.service, known.mistakes, known.unreadable),
+            None => (None, Vec::new(), 0),
+        };
+        let name = interest.name().clone();
+        let number = self.number;
+        self.watched.insert(name, Watched { number, interest, task, service, mistakes, unreadable });
+    }
+
+    /// A task of a watch has ended; one that panicked is replaced, and what it knew stays.
+    fn ended(&mut self, ended: Result<(task::Id, ()), JoinError>) -> bool {
+        let Err(error) = ended else { return false };
+        let dead = self.watched.values().find(|watched| watched.task == error.id());
+        let Some(name) = dead.map(|watched| watched.interest.name().clone()) else { return false };
+        tracing::error!(
+            "the watch of service `{name}` ended with a panic, a bug of ours; what is known stays in use, and it \
+             begins anew in {AFTER_PANIC:?}"
+        );
+        if let Some(known) = self.watched.remove(&name) {
+            self.watch(known.interest.clone(), Some(known));
+        }
         false
     }
 
     fn take(&mut self, news: News) -> bool {
         match news {
-            News::Read { service, mistakes } => {
+            News::Read { service, mistakes, unreadable } => {
                 if let Some(outage) = self.outage.take() {
                     tracing::info!("Consul at {} answers again; it was: {outage}", self.client.shown());
                 }
                 let Some(watched) = self.watched.get_mut(&service.name) else { return false };
-                log_new(&mut watched.mistakes, mistakes);
+                self.lines.tell_new(&mut watched.mistakes, mistakes);
+                watched.unreadable = unreadable;
                 let has_changed = watched.service.as_deref() != Some(&service);
                 if has_changed {
                     watched.service = Some(Arc::new(service));
@@ -214,7 +258,7 @@ impl Source {
         }
         let Some(watched) = self.watched.get_mut(name) else { return false };
         if !error.kind.is_of_the_agent() {
-            log_new(&mut watched.mistakes, vec![error.text]);
+            self.lines.tell_new(&mut watched.mistakes, vec![error.text]);
         }
         if watched.service.is_none() {
             let unknown = Service { registered: Registered::Unknown, ..Service::named(name.clone()) };
@@ -244,6 +288,8 @@ impl Source {
         if !self.directory.borrow().same_as(&newer) || newer.services().len() == 0 {
             self.directory.send_replace(Arc::new(newer));
         }
+        let unreadable = self.watched.values().map(|watched| watched.unreadable).sum();
+        self.client.metrics.registry_unreadable(unreadable);
         let status = self.status();
         self.asked.unregistered.store(status.unregistered, Ordering::Relaxed);
         self.status.send_if_modified(|known| {
@@ -271,11 +317,44 @@ impl Source {
     }
 }
 
-/// Says in the log which mistakes are new.
-fn log_new(known: &mut Vec<String>, now: Vec<String>) {
-    let before: HashSet<&String> = known.iter().collect();
-    for mistake in now.iter().filter(|mistake| !before.contains(mistake)) {
-        tracing::warn!("registry: {mistake}; what was last read without mistakes stays in use");
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_watch_that_panics_is_begun_anew_and_what_it_knew_stays() {
+        let (client, _) = fake::client(|_| Some((7, "[]"))).await;
+        let (directory, published) = channel::channel(Arc::default());
+        let (registry, asked) = super::super::Registry::new(published);
+        let (tell, _news) = mpsc::channel(MOST_NEWS);
+        let mut source = Source {
+            client,
+            files: channel::channel(Arc::default()).1,
+            asked,
+            directory,
+            status: channel::channel(Status::default()).0,
+            watched: HashMap::new(),
+            covered: HashMap::new(),
+            tasks: JoinSet::new(),
+            tell,
+            outage: None,
+            lines: Lines::default(),
+            random: fastrand::Rng::with_seed(1),
+            number: 0,
+        };
+        let name: ServiceName = "orders".parse().unwrap();
+        let interest = registry.interest(&name).unwrap();
+        source.begin(interest);
+        // In place of the watch a task that panics.
+        let bug = source.tasks.spawn(async { panic!("a bug, for this test") }).id();
+        let known = Some(Arc::new(Service::named(name.clone())));
+        let watched = source.watched.get_mut(&name).unwrap();
+        (watched.task, watched.service) = (bug, known.clone());
+        while source.watched[&name].task == bug {
+            let ended = source.tasks.join_next_with_id().await.unwrap();
+            source.ended(ended);
+        }
+        assert_eq!(source.watched[&name].service, known);
+        assert_eq!(source.watched[&name].number, 2);
     }
-    *known = now;
 }

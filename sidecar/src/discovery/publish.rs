@@ -13,7 +13,7 @@ use std::{
 use tokio::{sync::oneshot, task::JoinHandle, time::interval};
 use weft_proto::spiffe::SpiffeId;
 
-use super::files::write_atomically;
+use super::files::{read_regular, write_atomically};
 use crate::model::{Endpoint, Protocol, ServiceName};
 
 /// Readers believe a document this long after it was touched.
@@ -88,7 +88,7 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Touches the document until it is withdrawn; one that somebody removed is written again.
+/// Touches the document until it is withdrawn; one that somebody removed or overwrote is written again.
 async fn keep(path: PathBuf, text: String, mut stopped: oneshot::Receiver<()>) {
     let mut ticks = interval(TOUCH);
     loop {
@@ -96,18 +96,29 @@ async fn keep(path: PathBuf, text: String, mut stopped: oneshot::Receiver<()>) {
             _ = &mut stopped => return,
             _ = ticks.tick() => {}
         }
-        // Opened for reading: closing a file that was open for writing would wake every reader of the folder.
-        let touched = File::open(&path).and_then(|file| file.set_modified(SystemTime::now()));
-        let kept = match touched {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                write_atomically(&path, text.as_bytes(), 0o644)
-            }
-            other => other,
-        };
-        if let Err(error) = kept {
+        if let Err(error) = keep_once(&path, &text) {
             tracing::warn!("{}: cannot keep our workload published: {error}", path.display());
         }
     }
+}
+
+fn keep_once(path: &Path, text: &str) -> io::Result<()> {
+    match read_regular(path, text.len() as u64) {
+        // Opened for reading: closing a file that was open for writing would wake every reader of the folder.
+        Ok(bytes) if bytes == text.as_bytes() => {
+            return File::open(path).and_then(|file| file.set_modified(SystemTime::now()));
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) if !matches!(error.kind(), io::ErrorKind::FileTooLarge | io::ErrorKind::InvalidInput) => {
+            return Err(error);
+        }
+        _ => tracing::warn!(
+            "{}: somebody wrote something else here; our workload is written again. Does another sidecar run as \
+             the same --instance?",
+            path.display()
+        ),
+    }
+    write_atomically(path, text.as_bytes(), 0o644)
 }
 
 fn file_name(workload: &Workload) -> io::Result<String> {
@@ -205,6 +216,12 @@ mod tests {
         fs::remove_file(&path).unwrap();
         tokio::time::sleep(TOUCH).await;
         assert!(path.exists(), "not written again");
+        let ours = fs::read(&path).unwrap();
+        for other in ["service: \"orders_shop\"\n", &"#".repeat(2 * ours.len())] {
+            fs::write(&path, other).unwrap();
+            tokio::time::sleep(TOUCH).await;
+            assert_eq!(fs::read(&path).unwrap(), ours, "overwritten, and not written again");
+        }
         published.withdraw().await.unwrap();
         tokio::time::sleep(TOUCH * 2).await;
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);

@@ -61,6 +61,8 @@ pub struct Metrics {
     identity_renewals: Counters,
     config_reloads: Counters,
     registry_requests: Counters,
+    registry_unreadable: Gauge,
+    registration_overwritten: Counter,
     spans_exported: Counter,
     spans_dropped: Counters,
     log_lines_dropped: Counter,
@@ -155,6 +157,12 @@ impl Metrics {
         let build_info = gauges("build_info", "Always 1", &["version"]);
         build_info.with(&[env!("CARGO_PKG_VERSION")]).set(1);
         let (certificate_expiry, log_lines_dropped) = (Gauge::default(), Counter::default());
+        let registry_unreadable = Gauge::default();
+        let help = "Registered instances of the services in use that cannot be read, and are left out";
+        weft.register("registry_unreadable_instances", help, registry_unreadable.clone());
+        let registration_overwritten = Counter::default();
+        let help = "Times that somebody else's registration stood under the id of ours, and was replaced";
+        weft.register("registration_overwritten", help, registration_overwritten.clone());
         let spans_exported = Counter::default();
         weft.register("spans_exported", "Spans that the collector took", spans_exported.clone());
         let help = "Unix time at which our certificate ends; 0 without one";
@@ -178,6 +186,8 @@ impl Metrics {
             identity_renewals,
             config_reloads,
             registry_requests,
+            registry_unreadable,
+            registration_overwritten,
             spans_exported,
             spans_dropped,
             log_lines_dropped,
@@ -267,6 +277,16 @@ impl Metrics {
     /// The registry was asked (`ok`, or a kind of error).
     pub fn registry_request(&self, result: &'static str) {
         self.registry_requests.with(&[result]).inc();
+    }
+
+    /// Somebody else's registration stood under the id of ours.
+    pub fn registration_overwritten(&self) {
+        self.registration_overwritten.inc();
+    }
+
+    /// So many registered instances cannot be read now.
+    pub fn registry_unreadable(&self, count: usize) {
+        self.registry_unreadable.set(count as i64);
     }
 
     pub(super) fn spans_sent(&self, count: usize) {

@@ -116,7 +116,10 @@ fn nonsense_is_named_and_the_last_good_state_stays() {
             answer("200 OK", json, 8, &port_0),
             &["service `orders`, instance `one`", "`Service.Port` is 0"][..],
         ),
-        (answer("200 OK", json, 8, &wrong_type), &["service `orders`", "`[0].Service.Port`", "string"]),
+        (
+            answer("200 OK", json, 8, &wrong_type),
+            &["service `orders`, instance `one` on node `n1`", "`Service.Port`", "string"],
+        ),
         (answer("200 OK", json, 8, &good[..good.len() - 20]), &["service `orders`", "ends too early"]),
         (answer("200 OK", json, 8, &long), &["service `orders`, instance `xxx", "web.local"]),
         (answer("200 OK", "text/html", 8, "<html>Hello"), &["service `orders`", "a web page", "proxy"]),
@@ -135,6 +138,51 @@ fn nonsense_is_named_and_the_last_good_state_stays() {
         registry.wait_for_question(OTHERS);
         assert!(sidecar.process.log().len() < 200_000, "the log repeats what came");
     }
+}
+
+/// A newer Consul leaves out a port of 0, and has instances at sockets: they cost nobody but themselves.
+#[test]
+fn an_instance_that_cannot_be_read_costs_that_instance_alone() {
+    if !can_run(&Consul::NEEDS) {
+        return;
+    }
+    let mesh = Mesh::new();
+    let (client, pod) = (mesh.network.pod("client"), mesh.network.pod("registry"));
+    let (one, two) = (mesh.network.pod("one"), mesh.network.pod("two"));
+    let (_first, _second) = (app(&one, "one", 8080), app(&two, "two", 8080));
+    let registry = Registry::start(&mesh, &pod);
+    registry.say(POLICIES, &answer("404 Not Found", "application/json", 7, ""));
+    let mut without = instance("without", "10.9.9.1", json!(0));
+    without["Service"].as_object_mut().unwrap().remove("Port");
+    let mut socket = without.clone();
+    socket["Service"]["ID"] = "socket".into();
+    socket["Service"]["SocketPath"] = "/run/orders.sock".into();
+    let odd = instance("odd", "10.9.9.2", json!("8080"));
+    let with = |good: &Pod, index| {
+        let good = instance("good", &good.ipv4().to_string(), json!(8080));
+        let all = json!([without, socket, good, odd, 7]).to_string();
+        answer("200 OK", "application/json", index, &all)
+    };
+    registry.say(OTHERS, &with(&one, 7));
+    let consul = format!("http://{}:8500", pod.ipv4());
+    // A sidecar that knows nothing yet reads the others.
+    let sidecar = sidecar(&mesh, &client, "web", &consul, &[]);
+    assert_eq!(get(&client, "http://orders/"), "200 one");
+    for words in [
+        ["instance `without` on node `n1`", "`Service.Port` is 0 or missing"],
+        ["instance `socket` on node `n1`", "`Service.SocketPath` is \"/run/orders.sock\""],
+        ["instance `odd` on node `n1`", "`Service.Port`: invalid type: string"],
+        ["entry 5 of the answer", "invalid type: integer"],
+    ] {
+        wait_for_words(&sidecar, &words);
+    }
+    let metrics = sidecar.metrics(&client);
+    assert!(metrics.contains("\nweft_registry_unreadable_instances 4\n"), "{metrics}");
+    // And one that runs follows what changes among the others.
+    registry.say(OTHERS, &with(&two, 8));
+    until("the other instance is called", || get(&client, "http://orders/") == "200 two");
+    let log = sidecar.process.log();
+    assert_eq!(log.matches("instance `without`").count(), 1, "{log}");
 }
 
 /// `retries: {attempts: 7}` and `retries: {attempts: 4}`, as Consul gives them.

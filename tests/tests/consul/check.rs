@@ -86,6 +86,14 @@ fn every_mistake_with_consul_is_named_with_the_next_step() {
     expect(&unguarded, "shown", &["clock: it agrees"]);
     expect(&unguarded, "unknown", &["registration of `orders`", "no sidecar with these settings runs"]);
 
+    expect(&unguarded, "shown", &["services in Consul: 1 of 1 read, without a mistake"]);
+    consul.ask("PUT", "/v1/agent/service/register", Some(&serde_json::json!({"Name": "cart"}))).unwrap();
+    until("the instance without a port is named", || {
+        let found = check(&mesh, &server, &["--consul", &consul.address()]);
+        let words = ["service `cart`, instance `cart`", "`Service.Port` is 0 or missing", "leave it out"];
+        found.iter().any(|(was, text)| was == "wrong" && words.iter().all(|word| text.contains(word)))
+    });
+
     let _relay = from_the_future(&server, &consul);
     let late = check(&mesh, &server, &["--consul", "127.0.0.1:8501"]);
     expect(&late, "wrong", &["clock: Consul's is ", " seconds ahead of ours", "NTP"]);

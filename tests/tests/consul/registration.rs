@@ -64,6 +64,17 @@ fn a_workload_registers_itself_and_stays_true() {
     }
     until("it is out of the registry", || consul.passing("orders").len() == 1);
 
+    // Somebody registers over it, without its identity.
+    let ours = consul.passing("orders");
+    consul.register("orders", "orders-one", &one.ipv4().to_string(), 9, serde_json::json!({}));
+    assert_ne!(consul.passing("orders"), ours);
+    until("the registration is mended", || consul.passing("orders") == ours);
+    let endpoint = &consul.ask("GET", "/v1/health/service/orders", None).unwrap()[0];
+    assert_eq!(endpoint["Service"]["Meta"]["weft-identity"], identity("orders"));
+    assert!(first.process.log().contains("`Port` is 9, not 8080"), "{}", first.process.log());
+    assert!(first.metrics(&one).contains("weft_registration_overwritten_total 1\n"));
+    assert_eq!(get(&client, "http://orders/"), "200 one");
+
     // The app goes and comes.
     drop(first_app);
     until("the registry says that the app is down", || consul.passing("orders").is_empty());

@@ -34,6 +34,9 @@ pub(super) async fn findings(config: &Config) -> Vec<Finding> {
     };
     let mut findings = vec![leader(&examined), permissions(&examined), guard(&examined, config)];
     findings.extend(clock(&examined));
+    if examined.leader.is_some() {
+        findings.extend(instances(&examined));
+    }
     if registers {
         findings.push(registration(&examined, config).await);
     }
@@ -92,11 +95,25 @@ fn clock(examined: &Examined) -> Option<Finding> {
     })
 }
 
+/// Instances that no sidecar can read.
+fn instances(examined: &Examined) -> Vec<Finding> {
+    let subject = "services in Consul";
+    let found = &examined.instances;
+    let read = format!("{} of {} read", found.read, found.services);
+    if found.mistakes.is_empty() {
+        return vec![Finding::shown(subject, format!("{read}, without a mistake"))];
+    }
+    let wrong =
+        |mistake: &String| Finding::wrong(subject, format!("{mistake}; sidecars leave it out ({read})"));
+    found.mistakes.iter().map(wrong).collect()
+}
+
 /// Compares the registry with the sidecar that runs with these settings, if one does.
 async fn registration(examined: &Examined, config: &Config) -> Finding {
     let subject = format!("registration of `{}`", config.own.service);
-    let Some(instances) = &examined.own else {
-        return Finding::unknown(subject, "it cannot be read");
+    let instances = match &examined.own {
+        Ok(instances) => instances,
+        Err(why) => return Finding::unknown(subject, format!("it cannot be read: {why}")),
     };
     let ask = async |path| {
         admin::ask(&config.ports.admin_socket, Method::GET, path, None).await.unwrap_or_default()

@@ -66,7 +66,7 @@ pub struct Client {
     pub(super) waits: Waits,
     /// Services that are watched.
     pub(super) watches: AtomicUsize,
-    metrics: Arc<Metrics>,
+    pub(super) metrics: Arc<Metrics>,
 }
 
 /// A question.

@@ -66,6 +66,13 @@ impl Error {
                 Kind::Denied,
                 format!("permission denied ({said}); the token needs {permission}, see docs/consul.md"),
             ),
+            429 if said.contains("concurrent connections") => Error::new(
+                Kind::Unavailable,
+                format!(
+                    "too many connections from this address ({said}); raise limits.http_max_conns_per_client there, \
+                     see docs/consul.md"
+                ),
+            ),
             429 => {
                 Error::new(Kind::Unavailable, format!("too many requests ({said}); it is asked again later"))
             }

@@ -1,20 +1,44 @@
 //! What `check` wants to know of Consul: is it there, has it a leader, what may we do, what may anybody do, do the
-//! clocks agree, and what does it say of our own workload. It reads only.
+//! clocks agree, what does it say of our own workload, and which instances of any service cannot be read. It reads
+//! only.
 
-use std::time::SystemTime;
+use std::{
+    collections::BTreeMap,
+    time::{Duration, SystemTime},
+};
 
 use hyper::Method;
+use serde::de::IgnoredAny;
 use serde_json::Value;
 use time::{OffsetDateTime, format_description::well_known::Rfc2822};
+use tokio::time::timeout;
 use weft_proto::{names::POLICIES_PREFIX, spiffe::SpiffeId};
 
 use super::{
     client::{Client, Question},
     error::Error,
-    health,
+    health::{self, Reading},
     watch::{Access, denied},
 };
 use crate::model::ServiceName;
+
+/// Services whose instances are read, in the order of their names; a registry may hold thousands.
+const MAX_SERVICES: usize = 200;
+/// Mistakes in them that are told: a person mends no more at a time.
+const MAX_MISTAKES: usize = 50;
+/// For all of them.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What the instances of all services say.
+#[derive(Debug, Default)]
+pub struct Instances {
+    /// Services that were read.
+    pub read: usize,
+    /// Services that there are.
+    pub services: usize,
+    /// What cannot be read in them, and so is left out by every sidecar; bounded.
+    pub mistakes: Vec<String>,
+}
 
 /// What was found.
 #[derive(Debug)]
@@ -29,8 +53,10 @@ pub struct Examined {
     pub anybody_may_register: Option<bool>,
     /// What our token may not do, as `service:read on …`.
     pub missing: Vec<String>,
-    /// Identities of our own service, by instance; none where it could not be read.
-    pub own: Option<Vec<(String, Vec<SpiffeId>)>>,
+    /// Identities of our own service, by instance; or why they could not be read.
+    pub own: Result<Vec<(String, Vec<SpiffeId>)>, String>,
+    /// What all services have registered.
+    pub instances: Instances,
 }
 
 /// Asks Consul what `check` wants to know. `registers`: our workload is to be registered.
@@ -40,13 +66,17 @@ pub struct Examined {
 pub async fn examine(client: &Client, own: &ServiceName, registers: bool) -> Result<Examined, Error> {
     let leader = client.ask(&Question::get("/v1/status/leader".to_owned(), "")).await?;
     let address = serde_json::from_slice::<String>(&leader.body).unwrap_or_default();
+    let address = Some(address).filter(|address| !address.is_empty());
+    // Without a leader Consul holds each question back for seconds, and answers none.
+    let instances = if address.is_some() { instances(client).await } else { Instances::default() };
     Ok(Examined {
         agent: client.shown(),
-        leader: Some(address).filter(|address| !address.is_empty()),
+        leader: address,
         clock_ahead: leader.date.as_deref().and_then(ahead),
         anybody_may_register: anybody_may_register(client, own).await,
         missing: missing(client, own, registers).await,
-        own: own_instances(client, own).await,
+        own: own_instances(client, own).await.map_err(|error| error.text),
+        instances,
     })
 }
 
@@ -80,13 +110,43 @@ async fn anybody_may_register(client: &Client, own: &ServiceName) -> Option<bool
     }
 }
 
-async fn own_instances(client: &Client, own: &ServiceName) -> Option<Vec<(String, Vec<SpiffeId>)>> {
-    let path = format!("/v1/health/service/{own}?stale");
+async fn own_instances(client: &Client, own: &ServiceName) -> Result<Vec<(String, Vec<SpiffeId>)>, Error> {
+    let instances = reading(client, own).await?.instances.into_iter();
+    Ok(instances.map(|instance| (instance.key.1.to_string(), instance.identities)).collect())
+}
+
+async fn reading(client: &Client, name: &ServiceName) -> Result<Reading, Error> {
+    let path = format!("/v1/health/service/{name}?stale");
     let question = Question { most: 64 * 1024 * 1024, ..Question::get(path, "") };
-    let answer = client.ask(&question).await.ok()?;
-    let reading = health::read(own, &answer.body).ok()?;
-    let instances = reading.instances.into_iter();
-    Some(instances.map(|instance| (instance.key.1.to_string(), instance.identities)).collect())
+    health::read(name, &client.ask(&question).await?.body)
+}
+
+/// Reads the instances of all services, as far as there is time.
+async fn instances(client: &Client) -> Instances {
+    let mut found = Instances::default();
+    let path = "/v1/catalog/services?stale".to_owned();
+    let question = Question { most: 64 * 1024 * 1024, ..Question::get(path, "") };
+    let Ok(answer) = client.ask(&question).await else { return found };
+    let names: BTreeMap<String, IgnoredAny> = serde_json::from_slice(&answer.body).unwrap_or_default();
+    found.services = names.len();
+    let all = async {
+        // Others cannot be called by name, so nobody misses what they say.
+        let named = names.keys().map(|name| name.parse::<ServiceName>());
+        for name in named.take(MAX_SERVICES).flatten() {
+            match reading(client, &name).await {
+                Ok(reading) => found.mistakes.extend(reading.mistakes),
+                Err(error) => found.mistakes.push(error.text),
+            }
+            found.read += 1;
+            if found.mistakes.len() >= MAX_MISTAKES {
+                break;
+            }
+        }
+    };
+    // What was not read in time is missing in the count.
+    let _ = timeout(PATIENCE, all).await;
+    found.mistakes.truncate(MAX_MISTAKES);
+    found
 }
 
 /// How many seconds this HTTP date is ahead of our clock.

@@ -1,15 +1,21 @@
 //! The answer to `/v1/health/service/NAME`, read into words of the model. Pure, and believes nothing: an answer
-//! of another shape is refused as a whole; an instance whose values cannot be used (port 0, a name for an
-//! address, an unknown protocol) is left out with a mistake that names it. What is long or unknown is skipped.
+//! that is no list is refused as a whole; an entry of another shape, or an instance whose values cannot be used (no
+//! port, a name for an address, an unknown protocol) is left out with a mistake that names it, and costs no other
+//! one. What is long or unknown is skipped.
 
 use std::{
     collections::{HashMap, HashSet},
+    fmt,
     net::{IpAddr, SocketAddr},
     str::FromStr,
     sync::Arc,
 };
 
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error as _, SeqAccess, Visitor},
+};
+use serde_json::value::RawValue;
 use weft_proto::{names, spiffe::SpiffeId};
 
 use super::error::{Error, Kind, printable, said};
@@ -77,7 +83,12 @@ struct Registration {
     id: String,
     #[serde(default)]
     address: String,
+    /// Consul leaves out 0 since 1.11.
+    #[serde(default)]
     port: i64,
+    /// Since Consul 1.10: a Unix socket on the node, instead of a port.
+    #[serde(default)]
+    socket_path: String,
     #[serde(default)]
     tags: Option<Vec<String>>,
     #[serde(default)]
@@ -104,40 +115,94 @@ struct Check {
 /// The check of every node: do the other members of the cluster reach its agent?
 const MEMBERSHIP: &str = "serfHealth";
 
+/// The entries of an answer as they came. Bounded, so that an answer of nothing but commas takes no memory.
+struct Entries<'a>(Vec<&'a RawValue>);
+
+impl<'de> Deserialize<'de> for Entries<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_seq(EntriesVisitor)
+    }
+}
+
+struct EntriesVisitor;
+
+impl<'de> Visitor<'de> for EntriesVisitor {
+    type Value = Entries<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a sequence of instances")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Entries<'de>, A::Error> {
+        let mut entries = Vec::new();
+        while let Some(entry) = list.next_element()? {
+            if entries.len() == MAX_INSTANCES {
+                return Err(A::Error::custom(format!("more than {MAX_INSTANCES} instances; none is read")));
+            }
+            entries.push(entry);
+        }
+        Ok(Entries(entries))
+    }
+}
+
 /// Reads the answer.
 pub(super) fn read(name: &ServiceName, body: &[u8]) -> Result<Reading, Error> {
-    let entries: Vec<Entry> = match serde_json::from_slice(body) {
+    let entries: Entries<'_> = match serde_json::from_slice(body) {
         Ok(entries) => entries,
-        Err(_) => return Err(explain::<Vec<Entry>>(&format!("service `{name}`"), body)),
+        Err(_) => return Err(explain::<Entries<'_>>(&format!("service `{name}`"), body)),
     };
-    if entries.len() > MAX_INSTANCES {
-        let text =
-            format!("service `{name}` has {} instances; at most {MAX_INSTANCES} are read", entries.len());
-        return Err(Error::new(Kind::BadAnswer, text));
-    }
     let mut reading = Reading::default();
     let mut words = Words::default();
-    for entry in entries {
-        let key = (words.shared(&entry.node.node), Arc::from(short(&entry.service.id)));
-        match instance(name, key.clone(), &entry, &mut words) {
+    for (at, entry) in entries.0.into_iter().enumerate() {
+        match read_entry(name, entry.get(), &mut words) {
             Ok(instance) => reading.instances.push(instance),
-            Err(why) => {
+            Err((key, why)) => {
                 if reading.mistakes.len() < MAX_MISTAKES {
-                    reading.mistakes.push(format!(
-                        "service `{name}`, instance `{}` on node `{}`: {why}",
-                        key.1.escape_debug(),
-                        key.0.escape_debug()
-                    ));
+                    let place = match &key {
+                        Some((node, id)) => {
+                            format!("instance `{}` on node `{}`", id.escape_debug(), node.escape_debug())
+                        }
+                        None => format!("entry {} of the answer", at + 1),
+                    };
+                    reading.mistakes.push(format!("service `{name}`, {place}: {why}"));
                 }
-                reading.unreadable.insert(key);
+                reading.unreadable.insert(key.unwrap_or_else(|| (words.shared(""), words.shared(""))));
             }
         }
     }
     Ok(reading)
 }
 
+/// One entry; or which instance it is of, as far as it says, and why it cannot be used.
+fn read_entry(
+    name: &ServiceName,
+    text: &str,
+    words: &mut Words,
+) -> Result<Instance, (Option<InstanceKey>, String)> {
+    let mut deserializer = serde_json::Deserializer::from_str(text);
+    match serde_path_to_error::deserialize::<_, Entry>(&mut deserializer) {
+        Ok(entry) => {
+            let key = (words.shared(&entry.node.node), Arc::from(short(&entry.service.id)));
+            instance(name, key.clone(), &entry, words).map_err(|why| (Some(key), why))
+        }
+        Err(error) => {
+            let key = word_at(text, "Node", "Node").zip(word_at(text, "Service", "ID"));
+            let key = key.map(|(node, id)| (words.shared(&node), Arc::from(short(&id))));
+            let (path, inner) = (printable(&error.path().to_string()), printable(&error.inner().to_string()));
+            Err((key, if path == "." { inner } else { format!("`{path}`: {inner}") }))
+        }
+    }
+}
+
+/// The text at `outer.inner` of an entry whose other members may be anything.
+fn word_at(text: &str, outer: &str, inner: &str) -> Option<String> {
+    let mut members: HashMap<String, &RawValue> = serde_json::from_str(text).ok()?;
+    members = serde_json::from_str(members.remove(outer)?.get()).ok()?;
+    serde_json::from_str(members.remove(inner)?.get()).ok()
+}
+
 /// Why an answer cannot be read: the field, what was expected, and how it begins.
-pub(super) fn explain<T: DeserializeOwned>(of: &str, body: &[u8]) -> Error {
+pub(super) fn explain<'a, T: Deserialize<'a>>(of: &str, body: &'a [u8]) -> Error {
     let mut deserializer = serde_json::Deserializer::from_slice(body);
     let why = match serde_path_to_error::deserialize::<_, T>(&mut deserializer) {
         Ok(_) => "something follows the answer".to_owned(),
@@ -173,9 +238,7 @@ fn instance(
     if ip.is_unspecified() || ip.is_multicast() || is_virtual(ip) {
         return Err(format!("`{field}` is {ip}; expected an address to dial"));
     }
-    let port = u16::try_from(service.port).ok().filter(|port| *port != 0);
-    let port =
-        port.ok_or_else(|| format!("`Service.Port` is {}; expected a port from 1 to 65535", service.port))?;
+    let port = port(service)?;
     let checks = || entry.checks.iter().flatten();
     let own = worst(checks().filter(|check| check.id != MEMBERSHIP))?;
     let of_node = worst(checks().filter(|check| check.id == MEMBERSHIP))?;
@@ -209,6 +272,19 @@ fn instance(
         protocol: meta(names::META_PROTOCOL).map(protocol).transpose()?,
         is_well: own.max(of_node) != Health::Critical && weight > 0,
         is_cut_off: own != Health::Critical && of_node == Health::Critical && weight > 0,
+    })
+}
+
+fn port(service: &Registration) -> Result<u16, String> {
+    let port = u16::try_from(service.port).ok().filter(|port| *port != 0);
+    port.ok_or_else(|| match (service.port, service.socket_path.as_str()) {
+        (0, "") => "`Service.Port` is 0 or missing; expected a port from 1 to 65535".to_owned(),
+        (0, socket) => format!(
+            "`Service.Port` is missing and `Service.SocketPath` is {:?}; a socket is reached on its own host \
+             alone, expected a port from 1 to 65535",
+            short(socket)
+        ),
+        (port, _) => format!("`Service.Port` is {port}; expected a port from 1 to 65535"),
     })
 }
 
@@ -387,7 +463,7 @@ mod tests {
     #[test]
     fn an_instance_that_cannot_be_used_is_named_with_its_field() {
         let cases = [
-            ("/Service/Port", json!(0), "`Service.Port` is 0; expected a port from 1 to 65535"),
+            ("/Service/Port", json!(0), "`Service.Port` is 0 or missing; expected a port from 1 to 65535"),
             ("/Service/Port", json!(65536), "`Service.Port` is 65536"),
             ("/Service/Address", json!("web.local"), "`Service.Address` is \"web.local\"; expected an IP"),
             ("/Service/Address", json!("240.0.0.1"), "expected an address to dial"),
@@ -415,22 +491,60 @@ mod tests {
         }
     }
 
+    /// What a newer Consul leaves out, and what a program in between may make of the rest.
+    #[test]
+    fn an_entry_that_cannot_be_read_costs_that_entry_alone() {
+        let without = |place: &str, key: &str| {
+            let mut bad = entry("bad", "10.1.0.2", 80);
+            bad.pointer_mut(place).unwrap().as_object_mut().unwrap().remove(key);
+            bad
+        };
+        let with = |place: &str, value: Value| {
+            let mut bad = entry("bad", "10.1.0.2", 80);
+            *bad.pointer_mut(place).unwrap() = value;
+            bad
+        };
+        let mut socket = without("/Service", "Port");
+        socket["Service"]["SocketPath"] = "/run/orders.sock".into();
+        let named = "instance `bad` on node `n1`: ";
+        for (bad, place, expected) in [
+            (without("/Service", "Port"), named, "`Service.Port` is 0 or missing; expected a port"),
+            (socket, named, "`Service.SocketPath` is \"/run/orders.sock\""),
+            (with("/Service/Port", json!("80")), named, "`Service.Port`: invalid type: string \"80\""),
+            (with("/Service/Port", json!("x".repeat(1_000_000))), named, "`Service.Port`: invalid type: "),
+            (with("/Service/Port", json!(1e300)), named, "`Service.Port`: "),
+            (with("/Service/Tags", json!({"a": 1})), named, "`Service.Tags`: invalid type: map"),
+            (with("/Service/Meta", json!({"a": 7})), named, "`Service.Meta.a`: invalid type: integer"),
+            (with("/Checks", json!("none")), named, "`Checks`: invalid type: string"),
+            (with("/Node/Address", json!(null)), named, "`Node.Address`: invalid type: null"),
+            (without("/Service", "ID"), "entry 2 of the answer: ", "`Service`: missing field `ID`"),
+            (with("/Service", json!(null)), "entry 2 of the answer: ", "`Service`: invalid type: null"),
+            (without("", "Node"), "entry 2 of the answer: ", "missing field `Node`"),
+            (json!(7), "entry 2 of the answer: ", "invalid type: integer `7`"),
+            (json!([]), "entry 2 of the answer: ", "invalid"),
+        ] {
+            let all = json!([entry("good", "10.1.0.3", 80), bad, entry("other", "10.1.0.4", 80)]);
+            let reading = read_it(&all).unwrap();
+            let [mistake] = &reading.mistakes[..] else { panic!("{reading:?}") };
+            assert!(mistake.starts_with(&format!("service `orders`, {place}")), "{mistake}");
+            assert!(mistake.contains(expected) && mistake.len() < 600, "{mistake}");
+            assert_eq!((reading.instances.len(), reading.unreadable.len()), (2, 1), "{mistake}");
+        }
+    }
+
+    #[test]
+    fn an_answer_without_an_end_of_entries_is_refused() {
+        let commas = format!("[{}0]", "0,".repeat(MAX_INSTANCES));
+        let error = read(&"orders".parse().unwrap(), commas.as_bytes()).unwrap_err();
+        assert!(error.text.contains("more than 20000 instances; none is read"), "{error}");
+    }
+
     #[test]
     fn an_answer_of_another_shape_is_refused_with_its_field() {
         let good = json!([entry("a", "10.1.0.2", 80)]).to_string();
-        let mut wrong = json!([entry("a", "10.1.0.2", 80), entry("b", "10.1.0.2", 80)]);
-        wrong[1]["Service"]["Port"] = "80".into();
-        let mut without = json!([entry("a", "10.1.0.2", 80)]);
-        without[0]["Service"].as_object_mut().unwrap().remove("Port");
-        let (long, key) = ("x".repeat(1_000_000), format!("a\u{7f}{}", "x".repeat(1_000_000)));
-        let mut long_text = json!([entry("a", "10.1.0.2", 80)]);
-        long_text[0]["Service"]["Port"] = long.into();
-        let long_key = json!([{key: [1]}]).to_string();
+        let long_key = format!("[{{\"a\u{7f}{}\": [1", "x".repeat(1_000_000));
         for (body, expected) in [
-            (wrong.to_string(), "`[1].Service.Port`: invalid type: string \"80\""),
-            (without.to_string(), "missing field `Port`"),
-            (long_text.to_string(), "`[0].Service.Port`: invalid type: string \"xxx"),
-            (long_key[..long_key.len() - 4].to_owned(), "`[0].a\\u{7f}xxx"),
+            (long_key, "ends too early"),
             (good[..good.len() / 2].to_owned(), "the answer ends too early, after "),
             (String::new(), "ends too early, after 0 bytes"),
             ("<html><body>Welcome".to_owned(), "it begins <html><body>Welcome"),
@@ -459,6 +573,7 @@ mod tests {
             let _ = read(&"orders".parse().unwrap(), &bytes);
         }
         let deep = format!("{}1{}", "[".repeat(10_000), "]".repeat(10_000));
-        assert!(read(&"orders".parse().unwrap(), deep.as_bytes()).is_err());
+        let reading = read(&"orders".parse().unwrap(), deep.as_bytes()).unwrap();
+        assert_eq!((reading.instances.len(), reading.mistakes.len()), (0, 1));
     }
 }

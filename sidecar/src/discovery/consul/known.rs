@@ -24,6 +24,8 @@ pub(super) struct Known {
     instances: BTreeMap<InstanceKey, Instance>,
     /// Called before a gap, and not seen well since.
     kept: BTreeMap<InstanceKey, Kept>,
+    /// Instances that are registered, as the last answer had it, and cannot be read.
+    unreadable: usize,
 }
 
 #[derive(Debug)]
@@ -35,7 +37,7 @@ struct Kept {
 
 impl Known {
     pub(super) fn new(name: ServiceName) -> Self {
-        Known { name, instances: BTreeMap::new(), kept: BTreeMap::new() }
+        Known { name, instances: BTreeMap::new(), kept: BTreeMap::new(), unreadable: 0 }
     }
 
     /// Is nothing known, or nothing left?
@@ -52,6 +54,7 @@ impl Known {
     pub(super) fn accept(&mut self, reading: Reading, after_gap: bool, now: Instant) {
         let mut newer: BTreeMap<InstanceKey, Instance> =
             reading.instances.into_iter().map(|instance| (instance.key.clone(), instance)).collect();
+        self.unreadable = reading.unreadable.len();
         let is_called = self.called();
         let older = std::mem::take(&mut self.instances);
         // One that can no longer be read stays as it was last read.
@@ -125,7 +128,8 @@ impl Known {
         let called = self.instances.values().filter(|instance| is_called(instance)).chain(kept());
         service.endpoints = called.map(|instance| instance.endpoint.clone()).collect();
         sort(&mut service.endpoints);
-        service.registered = if self.is_empty() { Registered::No } else { Registered::Yes };
+        let is_nobody = self.is_empty() && self.unreadable == 0;
+        service.registered = if is_nobody { Registered::No } else { Registered::Yes };
         (service, contradiction)
     }
 
@@ -303,6 +307,16 @@ mod tests {
         let broken = Reading { unreadable, ..reading(&[("b", 2, true)]) };
         known.accept(broken, false, Instant::now());
         assert_eq!(endpoints(&known), [1, 2]);
+    }
+
+    #[test]
+    fn a_service_of_which_nothing_can_be_read_is_registered_all_the_same() {
+        let mut known = Known::new("orders".parse().unwrap());
+        let unreadable = [("node".into(), "a".into())].into();
+        known.accept(Reading { unreadable, ..Reading::default() }, false, Instant::now());
+        assert_eq!((endpoints(&known), known.service().0.registered), (vec![], Registered::Yes));
+        known.accept(Reading::default(), false, Instant::now());
+        assert_eq!(known.service().0.registered, Registered::No);
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! Our own workload, registered with the local agent (`/v1/agent/service/register`) with a check that we feed: it
 //! turns critical where no word comes within its time to live. Nothing that changes is in it, so a word that says
-//! the same wakes nobody. An agent that forgot the workload is told again; in a drain the workload is taken back.
+//! the same wakes nobody. An agent that forgot the workload is told again, and so is one where somebody registered
+//! something else under its id; in a drain the workload is taken back.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
-use futures_util::future::join_all;
+use futures_util::{FutureExt, future::join_all};
 use serde_json::{Map, Value, json};
 use tokio::{
     sync::{oneshot, watch},
@@ -16,12 +17,14 @@ use weft_proto::names;
 use super::{
     backoff::{pause, spread},
     client::{Client, Question},
-    error::{Error, Kind},
+    error::{Error, Kind, printable},
 };
 use crate::{discovery::publish::Workload, model::Protocol};
 
 /// Words per time to live: two may get lost.
 const WORDS_PER_TTL: u32 = 3;
+/// The longest registration that is read back.
+const MAX_REGISTRATION: usize = 256 * 1024;
 /// Longest wait for one answer of the agent, which is near; less where the time to live is short.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// An agent that is away is asked again after at most this long.
@@ -58,10 +61,37 @@ pub fn register(
     random: fastrand::Rng,
 ) -> OwnRegistration {
     let (stop, stopped) = oneshot::channel();
+    OwnRegistration { stop, task: tokio::spawn(keep(client, registration, health, random, stopped)) }
+}
+
+/// Keeps the workload registered until it is stopped. A panic costs a pause, and not the place in the registry.
+async fn keep(
+    client: Arc<Client>,
+    registration: Registration,
+    mut health: watch::Receiver<bool>,
+    mut random: fastrand::Rng,
+    mut stopped: oneshot::Receiver<()>,
+) {
     let workload = &registration.workload;
     let id = format!("{}-{}", workload.service, workload.instance);
-    let keeper = Keeper { client, id, registration, random, at: None, left: BTreeSet::new() };
-    OwnRegistration { stop, task: tokio::spawn(keeper.run(health, stopped)) }
+    loop {
+        let keeper = Keeper {
+            client: client.clone(),
+            id: id.clone(),
+            registration: registration.clone(),
+            random: random.fork(),
+            at: None,
+            left: BTreeSet::new(),
+            words: 0,
+            is_overwritten: false,
+        };
+        let keeping = AssertUnwindSafe(keeper.run(&mut health, &mut stopped)).catch_unwind();
+        if keeping.await.is_ok() {
+            return;
+        }
+        tracing::error!("the registration of `{id}` ended with a panic, a bug of ours; it is made again");
+        sleep(LONGEST_PAUSE).await;
+    }
 }
 
 impl OwnRegistration {
@@ -81,10 +111,14 @@ struct Keeper {
     at: Option<usize>,
     /// Agents that had it before, and may have it still.
     left: BTreeSet<usize>,
+    /// Words since the registration was last compared.
+    words: u32,
+    /// Somebody else's registration stood under our id when it was.
+    is_overwritten: bool,
 }
 
 impl Keeper {
-    async fn run(mut self, mut health: watch::Receiver<bool>, mut stopped: oneshot::Receiver<()>) {
+    async fn run(mut self, health: &mut watch::Receiver<bool>, stopped: &mut oneshot::Receiver<()>) {
         let mut failures = 0_u32;
         loop {
             let is_well = *health.borrow_and_update();
@@ -107,7 +141,7 @@ impl Keeper {
             // Never later than meant: a word that comes late is none.
             let rest = spread(rest.mul_f64(0.9), &mut self.random);
             tokio::select! {
-                _ = &mut stopped => break,
+                _ = &mut *stopped => break,
                 () = sleep(rest) => {}
                 Ok(()) = health.changed() => {}
             }
@@ -145,7 +179,10 @@ impl Keeper {
             match self.put(at, format!("/v1/agent/check/update/service:{}", self.id), body).await {
                 Ok(()) => {
                     let _later = self.take_back().await;
-                    return Ok(());
+                    self.words += 1;
+                    if self.words < WORDS_PER_TTL || !self.was_overwritten(at, is_well).await {
+                        return Ok(());
+                    }
                 }
                 Err(error) if error.kind == Kind::NotFound => {
                     tracing::info!(id = self.id, "Consul forgot our registration: registering again");
@@ -171,6 +208,33 @@ impl Keeper {
             }
         }
         last.map_or(Ok(()), Err)
+    }
+
+    /// Compares what the agent has under our id with what we registered, and tells what differs.
+    async fn was_overwritten(&mut self, at: usize, is_well: bool) -> bool {
+        self.words = 0;
+        let path = format!("/v1/agent/service/{}", self.id);
+        let permission = format!("service:read on `{}`", self.registration.workload.service);
+        let patience = PATIENCE.min(self.registration.ttl / WORDS_PER_TTL);
+        let question = Question { patience, most: MAX_REGISTRATION, ..Question::get(path, &permission) };
+        // Where it cannot be read nothing is known to be wrong; the next word tells whether it is there.
+        let Ok(answer) = self.client.ask_at(at, &question).await else { return false };
+        let Ok(found) = serde_json::from_slice(&answer.body) else { return false };
+        let ours = document(&self.id, &self.registration, is_well);
+        let Some(difference) = difference(&ours, &found) else {
+            self.is_overwritten = false;
+            return false;
+        };
+        self.client.metrics.registration_overwritten();
+        // Two that share an id write by turns, for ever.
+        if !std::mem::replace(&mut self.is_overwritten, true) {
+            tracing::warn!(
+                "registration of `{}`: somebody registered something else under our id ({difference}); it is \
+                 registered again. Does another sidecar run as the same --instance, or who else may write there?",
+                self.id
+            );
+        }
+        true
     }
 
     async fn put(&self, at: usize, path: String, body: Value) -> Result<(), Error> {
@@ -208,6 +272,30 @@ fn document(id: &str, registration: &Registration, is_well: bool) -> Value {
     document
 }
 
+/// Where the service that the agent gives back (`/v1/agent/service/ID`) is not the one that was registered.
+fn difference(ours: &Value, found: &Value) -> Option<String> {
+    let is_empty = |value: &Value| match value {
+        Value::Null => true,
+        Value::Array(list) => list.is_empty(),
+        Value::Object(members) => members.is_empty(),
+        _ => false,
+    };
+    const COMPARED: [(&str, &str); 6] = [
+        ("Name", "Service"),
+        ("Address", "Address"),
+        ("Port", "Port"),
+        ("Tags", "Tags"),
+        ("Meta", "Meta"),
+        ("Weights", "Weights"),
+    ];
+    COMPARED.iter().find_map(|(written, read)| {
+        let (ours, found) = (&ours[written], &found[read]);
+        // Consul fills in weights where none are said.
+        let same = ours == found || is_empty(ours) && (is_empty(found) || *read == "Weights");
+        (!same).then(|| format!("`{read}` is {}, not {ours}", printable(&found.to_string())))
+    })
+}
+
 fn meta(workload: &Workload) -> Map<String, Value> {
     let identities: Vec<&str> = workload.identities.iter().map(|identity| identity.as_str()).collect();
     let protocol = workload.protocol.map(|protocol| match protocol {
@@ -235,6 +323,47 @@ fn meta(workload: &Workload) -> Map<String, Value> {
 mod tests {
     use super::*;
     use crate::{discovery::consul::health, model::Endpoint};
+
+    #[test]
+    fn what_somebody_else_registered_under_our_id_is_found() {
+        let workload = Workload {
+            service: "orders".parse().unwrap(),
+            instance: "a".to_owned(),
+            protocol: None,
+            identities: vec!["spiffe://weft.local/ns/default/sa/orders".parse().unwrap()],
+            endpoint: Endpoint::at("10.1.0.2:8080".parse().unwrap()),
+        };
+        let (ttl, deregister_after) = (Duration::from_secs(15), Duration::from_secs(60));
+        let registration = Registration { workload, weight: None, ttl, deregister_after };
+        let ours = document("orders-a", &registration, true);
+        // As Consul 1.8 and 1.14 give it back.
+        let good = json!({
+            "ID": "orders-a", "Service": "orders", "Tags": [], "Port": 8080, "Address": "10.1.0.2",
+            "Meta": {"weft-identity": "spiffe://weft.local/ns/default/sa/orders", "weft-namespace": "default"},
+            "Weights": {"Passing": 1, "Warning": 1}, "EnableTagOverride": false, "ContentHash": "1f2e",
+            "Datacenter": "dc1", "TaggedAddresses": {"lan_ipv4": {"Address": "10.1.0.2", "Port": 8080}},
+        });
+        assert_eq!(difference(&ours, &good), None);
+        for (key, value, expected) in [
+            ("Port", json!(9), "`Port` is 9, not 8080"),
+            ("Port", json!(null), "`Port` is null, not 8080"),
+            ("Address", json!(""), "`Address` is \"\", not \"10.1.0.2\""),
+            ("Service", json!("cart"), "`Service` is \"cart\", not \"orders\""),
+            ("Meta", json!({}), "`Meta` is {}, not {"),
+            ("Meta", json!(null), "`Meta` is null, not {"),
+            ("Tags", json!(["v2"]), "`Tags` is [\"v2\"], not []"),
+        ] {
+            let mut bad = good.clone();
+            bad[key] = value;
+            let found = difference(&ours, &bad).unwrap();
+            assert!(found.starts_with(expected), "{found}");
+        }
+        let mut without_tags = good.clone();
+        without_tags["Tags"] = Value::Null;
+        assert_eq!(difference(&ours, &without_tags), None);
+        let weighed = document("orders-a", &Registration { weight: Some(7), ..registration }, true);
+        assert!(difference(&weighed, &good).unwrap().starts_with("`Weights` is "));
+    }
 
     #[test]
     fn what_we_register_others_can_read() {

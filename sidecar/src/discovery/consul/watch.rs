@@ -6,6 +6,7 @@
 
 use std::{
     future::Future,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -55,8 +56,8 @@ const LARGE: usize = 256 * 1024;
 
 /// What a watch tells.
 pub(super) enum News {
-    /// An answer came.
-    Read { service: Service, mistakes: Vec<String> },
+    /// An answer came, or the grace of some endpoints is over. `unreadable`: instances that cannot be read.
+    Read { service: Service, mistakes: Vec<String>, unreadable: usize },
     /// A question failed. What was known stays.
     Failed { name: ServiceName, error: Error },
     /// The watch with this number is over; nobody used the service.
@@ -72,6 +73,9 @@ pub(super) struct Watch {
     tell: mpsc::Sender<News>,
     random: fastrand::Rng,
     known: Known,
+    /// What is wrong with single instances in the last answer that could be read, and with how many.
+    mistakes: Vec<String>,
+    unreadable: usize,
     /// Of the last answer.
     last: Option<Place>,
     /// Where to wait from; none: the next question does not block.
@@ -99,6 +103,8 @@ impl Watch {
             tell,
             random,
             known,
+            mistakes: Vec::new(),
+            unreadable: 0,
             last: None,
             wait_from: None,
             was_registered: false,
@@ -186,13 +192,20 @@ impl Watch {
         self.failures = 0;
         self.last = answer.place;
         self.wait_from = answer.place.filter(|_| !went_back);
-        let mut mistakes = reading.mistakes.clone();
+        self.mistakes.clone_from(&reading.mistakes);
+        self.unreadable = reading.unreadable.len();
         self.known.accept(reading, after_gap, Instant::now());
+        let gone = |_| Error::new(Kind::Unreachable, "nobody listens");
+        let read = self.read_now();
+        self.tell.send(read).await.map_err(gone)
+    }
+
+    /// The service as it is known now.
+    fn read_now(&mut self) -> News {
         let (service, contradiction) = self.known.service();
         self.was_registered |= service.registered == Registered::Yes;
-        mistakes.extend(contradiction);
-        let gone = |_| Error::new(Kind::Unreachable, "nobody listens");
-        self.tell.send(News::Read { service, mistakes }).await.map_err(gone)
+        let mistakes = self.mistakes.iter().cloned().chain(contradiction).collect();
+        News::Read { service, mistakes, unreadable: self.unreadable }
     }
 
     /// A slot among the blocking queries, and where to wait from; none: read without blocking.
@@ -231,8 +244,8 @@ impl Watch {
                 () = sleep_until(until) => {}
             }
             if self.known.expire(Instant::now()) {
-                let (service, _) = self.known.service();
-                self.tell.send(News::Read { service, mistakes: Vec::new() }).await.ok()?;
+                let read = self.read_now();
+                self.tell.send(read).await.ok()?;
             }
         }
     }
@@ -279,11 +292,13 @@ impl Drop for Watch {
 }
 
 async fn parse(name: ServiceName, answer: Answer) -> Result<Reading, Error> {
+    let panicked = || Error::new(Kind::BadAnswer, "reading the answer ended with a panic, a bug of ours");
     if answer.body.len() < LARGE {
-        return health::read(&name, &answer.body);
+        let read = catch_unwind(AssertUnwindSafe(|| health::read(&name, &answer.body)));
+        return read.unwrap_or_else(|_| Err(panicked()));
     }
     let read = spawn_blocking(move || health::read(&name, &answer.body)).await;
-    read.unwrap_or_else(|_| Err(Error::new(Kind::BadAnswer, "reading the answer panicked")))
+    read.unwrap_or_else(|_| Err(panicked()))
 }
 
 /// One thing that a token may or may not do.
