@@ -7,7 +7,7 @@ mod client_hello;
 mod first_to_speak;
 mod read_ahead;
 
-pub use classify::{LOOK, Verdict, classify};
-pub use client_hello::{HELLO_BYTES, Hello, client_hello};
+pub use classify::{LOOK, Verdict, classify, may_be_tls};
+pub use client_hello::{HELLO_BYTES, Hello, HelloReader, client_hello};
 pub use first_to_speak::{FirstToSpeak, client_speaks, first_to_speak};
 pub use read_ahead::{Heard, ReadAhead, read_ahead};

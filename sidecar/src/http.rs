@@ -17,6 +17,6 @@ pub use body::{Body, BodyEnd, Ended};
 pub use observe::{begin_answer, end_answer};
 pub use replay::Replay;
 pub use respond::{answer, refuse_stream};
-pub use server::{HttpLimits, serve};
+pub use server::{HttpLimits, SIDECAR_FIELDS, serve};
 pub use upgrade::{Upgrade, Upgraded, frame_for_upgrade, left_http, wants_upgrade};
-pub use upload::upload;
+pub use upload::{is_malformed, upload};

@@ -113,6 +113,10 @@ impl Inbound {
         if names_the_mesh(&ahead) {
             return self.secured(stream, arrival, draining, record).await;
         }
+        if ahead.heard == Heard::Silence && detect::may_be_tls(&ahead.bytes) {
+            // It may be a peer's: no other protocol is taken for it.
+            return Err(Failed::new(Failure::ClientTimeout, "the ClientHello of TLS did not come whole"));
+        }
         let strict = self.delivery.mutual_tls(arrival.meant.port()) == MutualTls::Strict;
         if strict && ahead.heard == Heard::End && ahead.bytes.is_empty() {
             // A probe of the port, which asks for nothing.
@@ -217,7 +221,11 @@ impl Inbound {
                 over = self.welcome_over(&arrival) => over,
             }
         };
-        http::serve(stream, version, &self.limits, stop, self.drain_timeout, &arrival.cut, answer).await?;
+        let limits = match &arrival.caller {
+            Caller::Plaintext => self.limits.clone(),
+            Caller::Peer(_) | Caller::Own(_) => self.limits.of_sidecars(),
+        };
+        http::serve(stream, version, &limits, stop, self.drain_timeout, &arrival.cut, answer).await?;
         match arrival.upgrade.upgraded().await.map_err(|error| broke(&error))? {
             Some(upgraded) => self.copy(upgraded.client, upgraded.server, &arrival, record).await,
             None => Ok(()),
@@ -297,7 +305,7 @@ fn as_app(failed: Failed) -> Failed {
         Failure::ConnectRefused | Failure::ConnectTimeout | Failure::ConnectUnreachable => {
             Failure::AppRefused
         }
-        Failure::Reset | Failure::BadResponse => Failure::AppReset,
+        Failure::Reset => Failure::AppReset,
         other => other,
     };
     Failed::new(failure, format!("the app at {}", failed.detail))

@@ -7,6 +7,8 @@ mod descriptors;
 mod frames;
 #[path = "strangers/framing.rs"]
 mod framing;
+#[path = "strangers/heads.rs"]
+mod heads;
 #[path = "strangers/limits.rs"]
 mod limits;
 #[path = "strangers/peers.rs"]

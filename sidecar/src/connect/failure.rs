@@ -5,6 +5,7 @@ use std::{error::Error, io};
 use h2::Reason;
 
 use crate::{
+    http::is_malformed,
     model::{Failed, Failure},
     tls,
 };
@@ -30,13 +31,19 @@ impl SendFailed {
         let io = causes(error).find_map(|cause| cause.downcast_ref());
         let (failure, nothing_processed) = match io {
             _ if unsent || io.is_some_and(tls::refused_by_peer) => unprocessed(io),
+            _ if error.is_parse_too_large() => (Failure::ResponseHeadersTooLarge, false),
             _ if error.is_parse() => (Failure::BadResponse, false),
+            _ if error.is_user() && is_malformed(error) => (Failure::BadRequest, false),
             _ if error.is_user() => (Failure::ClientGone, false),
             _ => (Failure::Reset, false),
         };
-        let detail = match error.source() {
-            Some(source) => format!("{error}: {source}"),
-            None => error.to_string(),
+        let detail = match (failure, error.source()) {
+            (Failure::BadRequest, _) => {
+                let last = causes(error).last().map(ToString::to_string).unwrap_or_default();
+                format!("the body is malformed: {last}")
+            }
+            (_, Some(source)) => format!("{error}: {source}"),
+            (_, None) => error.to_string(),
         };
         SendFailed { failed: Failed::new(failure, detail), nothing_processed }
     }
@@ -50,11 +57,17 @@ impl SendFailed {
             Some(Reason::REFUSED_STREAM) if error.is_remote() => (Failure::AppRefused, true),
             _ if error.is_go_away() && error.is_remote() => (Failure::Reset, true),
             _ if unsent => unprocessed(error.get_io()),
-            // We reset it, because its body broke off.
+            // We reset it, because its body was malformed, or broke off.
+            Some(Reason::PROTOCOL_ERROR) if error.is_reset() && is_ours => (Failure::BadRequest, false),
             _ if error.is_reset() && is_ours => (Failure::ClientGone, false),
+            // h2 found that the server broke the rules. Of one stream that is mostly a head that is too large.
+            Some(Reason::PROTOCOL_ERROR) if error.is_reset() && error.is_library() => {
+                (Failure::BadResponse, false)
+            }
             _ => (Failure::Reset, false),
         };
-        SendFailed { failed: Failed::new(failure, format!("HTTP/2: {error}")), nothing_processed }
+        let what = if failure == Failure::BadRequest { "the body is malformed" } else { "HTTP/2" };
+        SendFailed { failed: Failed::new(failure, format!("{what}: {error}")), nothing_processed }
     }
 }
 

@@ -69,6 +69,8 @@ pub enum Security {
 
 /// Bytes read at a time from an HTTP/1 server, and so the longest head of its answers.
 const HTTP1_BUFFER: usize = 128 * 1024;
+/// Header fields of an answer of HTTP/1 (hyper's own bound of 100 is less than apps send).
+const HTTP1_FIELDS: usize = 1000;
 /// Connections to one key; past it a call is refused rather than queued without bound.
 const CONNECTIONS_PER_KEY: usize = 256;
 /// Idle HTTP/1 connections kept per key: as many as an app under load has had at a time, or each burst of calls dials
@@ -284,6 +286,7 @@ async fn open_http1(
     let (sender, driver) = http1::Builder::new()
         .title_case_headers(true)
         .max_buf_size(HTTP1_BUFFER)
+        .max_headers(HTTP1_FIELDS)
         .handshake(TokioIo::new(stream))
         .await
         .map_err(|error| SendFailed::from_hyper(&error, true).failed)?;

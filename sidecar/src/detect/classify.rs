@@ -29,6 +29,11 @@ pub fn classify(bytes: &[u8]) -> Verdict {
     Verdict::Is(Protocol::Opaque)
 }
 
+/// Do they begin a ClientHello, or may they yet?
+pub fn may_be_tls(bytes: &[u8]) -> bool {
+    !bytes.is_empty() && !matches!(tls(bytes), Match::No)
+}
+
 enum Match {
     No,
     Perhaps,
@@ -67,6 +72,10 @@ fn tls(bytes: &[u8]) -> Match {
 
 /// The longest method that is taken for one; the longest registered has 17 letters.
 const METHOD_BYTES: usize = 32;
+/// After one of these a control character is no sign of another protocol: it is a bad target, to be refused as such.
+/// Others (IBM MQ begins with `TSH `) shall not wait for a line's end that never comes.
+const METHODS: [&[u8]; 9] =
+    [b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH"];
 /// RFC 9112 2.2: a server should ignore an empty line before the request line. Two are let pass.
 const BLANK_BYTES: usize = 4;
 
@@ -79,10 +88,11 @@ fn http1(bytes: &[u8]) -> Match {
     if method == 0 || !is_space(line[method]) {
         return Match::No;
     }
+    let is_known = METHODS.iter().any(|known| line[..method].eq_ignore_ascii_case(known));
     let rest = &line[method + 1..];
     let end = rest.iter().position(|&byte| byte == b'\n');
     let text = &rest[..end.unwrap_or(rest.len())];
-    if text.iter().any(|&byte| is_control(byte)) {
+    if !is_known && text.iter().any(|&byte| is_control(byte)) {
         return Match::No;
     }
     match end {
@@ -156,6 +166,9 @@ mod tests {
             "GET / HTTP/1.1 \r\n",
             "GET /ä HTTP/1.1\r\n",
             "GET / HTTP/2.0\r\n",
+            "GET /a\0b HTTP/1.1\r\n",
+            "get \0 HTTP/1.1\r\n",
+            "POST /a\x1b\x7f HTTP/1.1\r\n",
             "PRI * HTTP/2.0\r\n\r\nXX",
         ] {
             settles(bytes.as_bytes(), Http1);
@@ -208,6 +221,7 @@ mod tests {
             b"GET /\r\n",                               // HTTP/0.9 is no HTTP of ours
             b"\x10\x0c\0\x04MQTT\x04\x02",              // mqtt
             b"A\0\0\0\x01 \0",                          // a length that looks like a letter
+            b"TSH \0\0\x01\x0c\x02\x01",                // IBM MQ
             b"\n\x03foo",                               // protobuf
             b"GET / \x01HTTP/1.1\r\n",
             b" GET / HTTP/1.1\r\n",

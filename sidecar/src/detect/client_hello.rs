@@ -27,25 +27,43 @@ pub enum Hello {
 
 /// Reads the ClientHello at the start of `bytes`; what follows it is ignored.
 pub fn client_hello(bytes: &[u8]) -> Hello {
-    let mut acceptor = Acceptor::default();
-    let mut unread = Cursor::new(&bytes[..bytes.len().min(HELLO_BYTES)]);
-    loop {
-        match acceptor.read_tls(&mut unread) {
-            Ok(0) if bytes.len() >= HELLO_BYTES => return Hello::NotTls,
-            Ok(0) => return Hello::NeedMore,
-            Ok(_) => {}
-            Err(_) => return Hello::NotTls,
-        }
-        match acceptor.accept() {
-            Ok(None) => {}
-            Ok(Some(accepted)) => {
-                let hello = accepted.client_hello();
-                return Hello::Parsed {
-                    sni: hello.server_name().map(str::to_ascii_lowercase),
-                    alpn: hello.alpn().into_iter().flatten().map(<[u8]>::to_vec).collect(),
-                };
+    HelloReader::default().read(bytes)
+}
+
+/// Reads a ClientHello that comes in pieces, each byte once: a client that sends it byte by byte costs no more than one
+/// that sends it at once.
+#[derive(Default)]
+pub struct HelloReader {
+    acceptor: Acceptor,
+    /// Bytes that it has looked at.
+    read: usize,
+}
+
+impl HelloReader {
+    /// Goes on where it stopped. `bytes` are all so far; not to be asked again after another answer than
+    /// [`Hello::NeedMore`].
+    pub fn read(&mut self, bytes: &[u8]) -> Hello {
+        let end = bytes.len().min(HELLO_BYTES);
+        let mut unread = Cursor::new(&bytes[self.read.min(end)..end]);
+        self.read = end;
+        loop {
+            match self.acceptor.read_tls(&mut unread) {
+                Ok(0) if end == HELLO_BYTES => return Hello::NotTls,
+                Ok(0) => return Hello::NeedMore,
+                Ok(_) => {}
+                Err(_) => return Hello::NotTls,
             }
-            Err(_) => return Hello::NotTls,
+            match self.acceptor.accept() {
+                Ok(None) => {}
+                Ok(Some(accepted)) => {
+                    let hello = accepted.client_hello();
+                    return Hello::Parsed {
+                        sni: hello.server_name().map(str::to_ascii_lowercase),
+                        alpn: hello.alpn().into_iter().flatten().map(<[u8]>::to_vec).collect(),
+                    };
+                }
+                Err(_) => return Hello::NotTls,
+            }
         }
     }
 }
@@ -86,6 +104,21 @@ mod tests {
         };
         assert_eq!(client_hello(&bytes), expected);
         assert_eq!(client_hello(&[bytes, vec![0xff; 99]].concat()), expected);
+    }
+
+    #[test]
+    fn what_comes_in_pieces_is_read_once() {
+        let bytes = hello_of("orders.example", &[b"weft-h2"]);
+        let mut reader = HelloReader::default();
+        let mut so_far = Vec::new();
+        for byte in &bytes[..bytes.len() - 1] {
+            so_far.push(*byte);
+            assert_eq!(reader.read(&so_far), Hello::NeedMore);
+            // what was read is not looked at again
+            so_far.fill(0);
+        }
+        so_far.extend(bytes.last());
+        assert!(matches!(reader.read(&so_far), Hello::Parsed { alpn, .. } if alpn == [b"weft-h2"]));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Reads a stream until it is clear what the client speaks, and puts the bytes back. A client that stays silent
 //! may be waiting for the server to speak first: after `limit` the caller is told, and may ask again later, for
 //! the bytes are still there. One that has begun gets longer, so that a pause within a request line does not make
-//! opaque bytes of HTTP. Bounded in bytes and in time, however slowly the client trickles.
+//! opaque bytes of HTTP, and a ClientHello all the time there is: it may be a peer's. Bounded in bytes and in time,
+//! however slowly the client trickles.
 
 use std::{io, time::Duration};
 
@@ -11,7 +12,7 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use super::{HELLO_BYTES, Hello, LOOK, Verdict, classify, client_hello};
+use super::{HELLO_BYTES, Hello, HelloReader, LOOK, Verdict, classify, may_be_tls};
 use crate::{model::Protocol, net::Stream};
 
 /// A pause within a client's first bytes is no silence until it is this long.
@@ -31,9 +32,9 @@ pub struct ReadAhead {
 /// How reading ahead ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Heard {
-    /// The protocol is known. For TLS the bytes hold the whole ClientHello, unless the client stopped in it.
+    /// The protocol is known. For TLS the bytes hold the whole ClientHello, if it is one that can be read.
     Protocol(Protocol),
-    /// The client stopped before the protocol was clear, perhaps before its first byte.
+    /// The client stopped before the protocol was clear, perhaps before its first byte, or within its ClientHello.
     Silence,
     /// The client closed its side before the protocol was clear, perhaps before its first byte.
     End,
@@ -62,28 +63,25 @@ async fn read_within(
     pause: Duration,
     patience: Duration,
 ) -> io::Result<ReadAhead> {
-    let mut reading = Reading { stream, buffer: BytesMut::with_capacity(HELLO_BYTES) };
+    let mut reading = Reading { stream, buffer: BytesMut::with_capacity(HELLO_BYTES), hello: None };
     let mut end = None;
     let heard = loop {
-        if let Some(protocol) = settled(&reading.buffer) {
+        if let Some(protocol) = reading.settled() {
             break Heard::Protocol(protocol);
         }
         let now = Instant::now();
         let silent = if reading.buffer.is_empty() {
             now + limit
         } else {
-            (now + pause).min(*end.get_or_insert(now + patience))
+            let end = *end.get_or_insert(now + patience);
+            if may_be_tls(&reading.buffer) { end } else { end.min(now + pause) }
         };
-        let stopped = match timeout_at(silent, reading.more()).await {
-            Ok(Ok(0)) => Heard::End,
-            Ok(Ok(_)) => continue,
+        match timeout_at(silent, reading.more()).await {
+            Ok(Ok(0)) => break Heard::End,
+            Ok(Ok(_)) => {}
             Ok(Err(error)) => return Err(error),
-            Err(_) => Heard::Silence,
-        };
-        break match classify(&reading.buffer) {
-            Verdict::Is(protocol) => Heard::Protocol(protocol),
-            Verdict::NeedMore => stopped,
-        };
+            Err(_) => break Heard::Silence,
+        }
     };
     Ok(ReadAhead { bytes: reading.put_back(), heard })
 }
@@ -92,9 +90,23 @@ async fn read_within(
 struct Reading<'a> {
     stream: &'a mut Stream,
     buffer: BytesMut,
+    /// Reads the ClientHello, once there is one.
+    hello: Option<HelloReader>,
 }
 
 impl Reading<'_> {
+    /// The protocol, once enough was read: for TLS that is the whole ClientHello.
+    fn settled(&mut self) -> Option<Protocol> {
+        match classify(&self.buffer) {
+            Verdict::NeedMore => None,
+            Verdict::Is(Protocol::Tls) => {
+                let hello = self.hello.get_or_insert_default().read(&self.buffer);
+                (hello != Hello::NeedMore).then_some(Protocol::Tls)
+            }
+            Verdict::Is(protocol) => Some(protocol),
+        }
+    }
+
     async fn more(&mut self) -> io::Result<usize> {
         self.stream.read_buf(&mut self.buffer).await
     }
@@ -113,15 +125,6 @@ impl Drop for Reading<'_> {
         if !self.buffer.is_empty() {
             self.put_back();
         }
-    }
-}
-
-/// The protocol, once enough was read: for TLS that is the whole ClientHello.
-fn settled(bytes: &[u8]) -> Option<Protocol> {
-    match classify(bytes) {
-        Verdict::Is(Protocol::Tls) if client_hello(bytes) == Hello::NeedMore => None,
-        Verdict::Is(protocol) => Some(protocol),
-        Verdict::NeedMore => None,
     }
 }
 
@@ -230,9 +233,15 @@ mod tests {
     #[tokio::test]
     async fn the_whole_hello_is_waited_for_but_not_for_ever() {
         let (mut client, mut stream) = pair().await;
-        client.write_all(&[22, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3]).await.unwrap();
-        let ahead = read_ahead(&mut stream, LIMIT).await.unwrap();
-        assert_eq!(ahead.heard, Heard::Protocol(Protocol::Tls));
-        assert_eq!(client_hello(&ahead.bytes), Hello::NeedMore);
+        let hello = [22, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3];
+        for piece in [&hello[..2], &hello[2..]] {
+            client.write_all(piece).await.unwrap();
+            let begin = Instant::now();
+            let ahead = read_within(&mut stream, LIMIT, LIMIT, LIMIT * 5).await.unwrap();
+            assert_eq!(ahead.heard, Heard::Silence);
+            assert!(may_be_tls(&ahead.bytes) && begin.elapsed() >= LIMIT * 5);
+        }
+        client.shutdown().await.unwrap();
+        assert_eq!(read_ahead(&mut stream, LIMIT).await.unwrap().heard, Heard::End);
     }
 }

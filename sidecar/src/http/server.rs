@@ -65,12 +65,24 @@ impl HttpLimits {
 }
 
 impl HttpLimits {
+    /// The same for a peer's sidecar, which adds fields of its own to what its app may send.
+    pub fn of_sidecars(&self) -> HttpLimits {
+        HttpLimits {
+            header_bytes: self.header_bytes.saturating_add(SIDECAR_BYTES),
+            header_fields: self.header_fields.saturating_add(SIDECAR_FIELDS),
+            ..self.clone()
+        }
+    }
+
     /// The same head is longer in the count of HTTP/2.
     fn header_list_bytes(&self) -> usize {
         self.header_bytes.saturating_add(self.header_fields.saturating_mul(FIELD_OVERHEAD))
     }
 }
 
+/// Header fields that a sidecar adds to those of its app, and their bytes.
+pub const SIDECAR_FIELDS: usize = 16;
+const SIDECAR_BYTES: usize = 4096;
 /// RFC 9113 6.9.1.
 const MAX_WINDOW: u32 = (1 << 31) - 1;
 /// hyper refuses a smaller HTTP/1 buffer.

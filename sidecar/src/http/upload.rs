@@ -4,6 +4,7 @@
 use std::{
     error::Error,
     future::poll_fn,
+    io::{self, ErrorKind},
     iter,
     pin::Pin,
     task::{Context, Poll, ready},
@@ -58,7 +59,7 @@ impl Upload {
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let ended = ready!(self.poll_pieces(context));
         if let Err(error) = ended {
-            self.stream.send_reset(reason_of(&*error).unwrap_or(Reason::INTERNAL_ERROR));
+            self.stream.send_reset(reason_of(&*error));
         }
         Poll::Ready(())
     }
@@ -111,8 +112,24 @@ impl Upload {
     }
 }
 
-/// The reason that a client of HTTP/2 gave when it broke off.
-fn reason_of(error: &(dyn Error + 'static)) -> Option<Reason> {
-    let mut causes = iter::successors(Some(error), |&cause| cause.source());
-    causes.find_map(|cause| cause.downcast_ref::<h2::Error>())?.reason()
+/// The reason that a client of HTTP/2 gave when it broke off; of one of HTTP/1, whether it broke the rules.
+fn reason_of(error: &(dyn Error + 'static)) -> Reason {
+    let given = causes(error).find_map(|cause| cause.downcast_ref::<h2::Error>()?.reason());
+    let other = if is_malformed(error) { Reason::PROTOCOL_ERROR } else { Reason::INTERNAL_ERROR };
+    given.unwrap_or(other)
+}
+
+/// Did a body break off because it was malformed (RFC 9112 7.1, RFC 9113 8.1.1), here or at the sidecar before us?
+pub fn is_malformed(error: &(dyn Error + 'static)) -> bool {
+    let is_no_chunk =
+        |cause: &io::Error| matches!(cause.kind(), ErrorKind::InvalidInput | ErrorKind::InvalidData);
+    causes(error).any(|cause| {
+        cause.downcast_ref().is_some_and(is_no_chunk)
+            || cause.downcast_ref().and_then(h2::Error::reason) == Some(Reason::PROTOCOL_ERROR)
+    })
+}
+
+/// An error and what it comes from.
+fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    iter::successors(Some(error), |&cause| cause.source())
 }

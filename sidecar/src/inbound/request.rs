@@ -17,9 +17,6 @@ use crate::{
     telemetry::Record,
 };
 
-/// The caller's sidecar adds headers of its own to what its app may send.
-const ADDED_FIELDS: usize = 16;
-
 /// An answer of the app, and what must be kept until its body has ended.
 struct Answered {
     response: Response<Body>,
@@ -74,7 +71,7 @@ impl Inbound {
         arrival: &Arrival,
         record: &mut Record,
     ) -> Result<Answered> {
-        let added = if arrival.caller.is_sidecar() { ADDED_FIELDS } else { 0 };
+        let added = if arrival.caller.is_sidecar() { http::SIDECAR_FIELDS } else { 0 };
         let authority = headers::check(&request, self.limits.header_fields + added)?;
         let claims = Claims::take(request.headers_mut(), arrival.caller.is_sidecar());
         let permit = self.permit(arrival)?;

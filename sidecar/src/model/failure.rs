@@ -53,6 +53,8 @@ pub enum Failure {
     BodyCut,
     /// The peer broke the rules of HTTP.
     BadResponse,
+    /// More header bytes or fields in an answer than allowed.
+    ResponseHeadersTooLarge,
     /// The attempt took too long.
     AttemptTimeout,
     /// The request as a whole took too long.
@@ -65,7 +67,7 @@ pub enum Failure {
     NotOurs,
     /// The app on this host refuses connections.
     AppRefused,
-    /// The app on this host closed the connection or broke the rules of HTTP before its answer began.
+    /// The app on this host closed the connection before its answer began.
     AppReset,
     /// A bug: a task of ours ended with a panic.
     Internal,
@@ -107,6 +109,7 @@ impl Failure {
         Failure::Reset,
         Failure::BodyCut,
         Failure::BadResponse,
+        Failure::ResponseHeadersTooLarge,
         Failure::AttemptTimeout,
         Failure::RequestTimeout,
         Failure::Overloaded,
@@ -182,6 +185,7 @@ impl Failure {
             Failure::Reset => ("reset", 502, Upstream),
             Failure::BodyCut => ("body_cut", 502, Upstream),
             Failure::BadResponse => ("bad_response", 502, Upstream),
+            Failure::ResponseHeadersTooLarge => ("response_headers_too_large", 502, Upstream),
             Failure::AttemptTimeout => ("attempt_timeout", 504, Upstream),
             Failure::RequestTimeout => ("request_timeout", 504, Upstream),
             Failure::Overloaded => ("overloaded", 503, Mesh),

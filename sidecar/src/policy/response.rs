@@ -60,9 +60,10 @@ pub fn speaks_against_endpoint(status: u16, grpc: Option<GrpcStatus>) -> bool {
 }
 
 /// Does this failure of an attempt count as a failure of its endpoint? What the caller or the mesh did wrong does
-/// not, nor does a request's own deadline, which may have been short from the start.
+/// not, nor does a request's own deadline, which may have been short from the start, nor a head that no endpoint may send.
 pub fn failure_speaks_against_endpoint(failure: Failure) -> bool {
-    failure.side() == Side::Upstream && failure != Failure::RequestTimeout
+    let is_of_the_request = matches!(failure, Failure::RequestTimeout | Failure::ResponseHeadersTooLarge);
+    failure.side() == Side::Upstream && !is_of_the_request
 }
 
 #[cfg(test)]

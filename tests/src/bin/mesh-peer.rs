@@ -135,7 +135,9 @@ fn answer(mut stream: &TcpStream, head: &str) -> io::Result<bool> {
                 )?;
                 return Ok(true);
             }
-            write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{head}", head.len())?;
+            let fields = path.strip_prefix("/fields/").map_or(Ok(1), str::parse).map_err(io::Error::other)?;
+            let more: String = (1..fields).map(|number| format!("X-{number}: y\r\n")).collect();
+            write!(stream, "HTTP/1.1 200 OK\r\n{more}Content-Length: {}\r\n\r\n{head}", head.len())?;
             return Ok(true);
         }
     }

@@ -139,6 +139,7 @@ pub const WHAT_THE_SERVER_ANSWERS: Test = (
     &[
         Failure::Reset,
         Failure::BadResponse,
+        Failure::ResponseHeadersTooLarge,
         Failure::BodyCut,
         Failure::AttemptTimeout,
         Failure::RequestTimeout,
@@ -164,6 +165,7 @@ fn what_the_server_answers() {
     for (url, failure) in [
         ("http://orders/reset", Failure::Reset),
         ("http://orders/garbage", Failure::BadResponse),
+        ("http://orders/fields/1001", Failure::ResponseHeadersTooLarge),
         ("http://hasty/stall", Failure::AttemptTimeout),
         ("http://limited/stall", Failure::RequestTimeout),
     ] {

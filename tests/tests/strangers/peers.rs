@@ -42,7 +42,7 @@ struct Place {
     outside: Pod,
     server: Pod,
     sidecar: Sidecar,
-    _app: Recorder,
+    app: Recorder,
     mesh: Mesh,
 }
 
@@ -55,7 +55,7 @@ fn place(flags: &[&str]) -> Option<Place> {
     let (outside, server) = (mesh.network.pod("outside"), mesh.network.pod("server"));
     let app = Recorder::start(&server, 8080);
     let sidecar = mesh.sidecar(&server, "orders", &[&["--port", "8080"], flags].concat());
-    Some(Place { outside, server, sidecar, _app: app, mesh })
+    Some(Place { outside, server, sidecar, app, mesh })
 }
 
 impl Place {
@@ -173,9 +173,8 @@ fn floods_of_a_peer_cost_no_memory_and_delay_nobody() {
     place.flood("SETTINGS unread", false, &preface(), |_| frame(SETTINGS, 0, 0, &[]).repeat(100));
 }
 
-#[test]
-fn a_handshake_that_does_not_go_on_is_cut() {
-    let Some(place) = place(&["--mtls", "strict"]) else { return };
+/// The ClientHello of a peer's sidecar.
+fn hello() -> Vec<u8> {
     let config = ClientConfig::builder_with_provider(Arc::new(default_provider()))
         .with_safe_default_protocol_versions()
         .unwrap()
@@ -186,6 +185,36 @@ fn a_handshake_that_does_not_go_on_is_cut() {
     let name = rustls_pki_types::ServerName::try_from("orders").unwrap();
     let mut hello = Vec::new();
     ClientConnection::new(Arc::new(config), name).unwrap().write_tls(&mut hello).unwrap();
+    hello
+}
+
+#[test]
+fn a_hello_that_pauses_is_not_taken_for_foreign_tls() {
+    let Some(place) = place(&[]) else { return };
+    let hello = hello();
+    for first in [3, 100, hello.len() - 1] {
+        let mut stream = dial(&place.outside, place.server.ipv4(), 8080);
+        stream.write_all(&hello[..first]).unwrap();
+        // longer than a pause that settles what other clients speak
+        (0..75).for_each(|_| pause());
+        stream.write_all(&hello[first..]).unwrap();
+        let mut answer = [0; 6];
+        stream.read_exact(&mut answer).expect("an answer");
+        assert_eq!((answer[0], answer[5]), (22, 2), "a ServerHello after {first} bytes");
+    }
+    assert_eq!(place.app.broken(), Vec::<String>::new());
+    // and for one that does not go on nobody else pays
+    let mut half = dial(&place.outside, place.server.ipv4(), 8080);
+    half.write_all(&hello[..100]).unwrap();
+    assert_eq!(read_to_close(&mut half), b"");
+    place.sidecar.wait_for_failure("client_timeout", &["the ClientHello of TLS did not come whole"]);
+    assert_eq!(place.app.broken(), Vec::<String>::new());
+}
+
+#[test]
+fn a_handshake_that_does_not_go_on_is_cut() {
+    let Some(place) = place(&["--mtls", "strict"]) else { return };
+    let hello = hello();
     let say = |bytes: &[u8]| -> TcpStream {
         let mut stream = dial(&place.outside, place.server.ipv4(), 8080);
         stream.write_all(bytes).unwrap();
@@ -194,7 +223,7 @@ fn a_handshake_that_does_not_go_on_is_cut() {
     let (mut whole, mut half) = (say(&hello), say(&hello[..hello.len() / 2]));
     // closed by the sidecar: the client never ends it
     assert_eq!(read_to_close(&mut half), b"");
-    place.sidecar.wait_for_failure("plaintext_refused", &["no identity"]);
+    place.sidecar.wait_for_failure("client_timeout", &["the ClientHello of TLS did not come whole"]);
     let answer = read_to_close(&mut whole);
     assert_eq!(answer.first(), Some(&22), "a ServerHello");
     place.sidecar.wait_for_failure("client_timeout", &["the TLS handshake took too long"]);

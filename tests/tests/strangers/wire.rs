@@ -180,6 +180,18 @@ pub(crate) fn read_to_close(stream: &mut TcpStream) -> Vec<u8> {
     }
 }
 
+/// What comes until this part, or until the other side closes.
+pub(crate) fn read_until_text(stream: &mut TcpStream, part: &str) -> String {
+    let (mut all, mut buffer) = (Vec::new(), [0; 4096]);
+    while find(&all, part.as_bytes()).is_none() {
+        match stream.read(&mut buffer) {
+            Ok(0) | Err(_) => break,
+            Ok(count) => all.extend_from_slice(&buffer[..count]),
+        }
+    }
+    String::from_utf8_lossy(&all).into_owned()
+}
+
 /// Sends bytes and gives all that comes back until the other side closes.
 pub(crate) fn exchange(pod: &Pod, to: IpAddr, port: u16, bytes: &[u8]) -> String {
     let mut stream = dial(pod, to, port);

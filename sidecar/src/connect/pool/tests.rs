@@ -31,6 +31,40 @@ async fn silent_server() -> u16 {
     port
 }
 
+/// A server that gives every HTTP/1 request this answer.
+async fn server_of_http1(answer: String) -> Key {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        assert!(stream.read(&mut [0; 1024]).await.unwrap() > 0);
+        // a client that has seen enough may close
+        let _ = stream.write_all(answer.as_bytes()).await;
+    });
+    Key { address, security: Security::Plain, version: HttpVersion::Http1 }
+}
+
+#[tokio::test]
+async fn an_answer_may_have_many_fields_and_its_bound_has_a_name() {
+    let too_large = Err((Failure::ResponseHeadersTooLarge, false));
+    for (fields, value, expected) in
+        [(100, 1, Ok(100)), (1000, 1, Ok(1000)), (1001, 1, too_large), (2, 300 * 1024, too_large)]
+    {
+        let head: String =
+            (1..fields).map(|number| format!("x-{number}: {}\r\n", "y".repeat(value))).collect();
+        let key = server_of_http1(format!("HTTP/1.1 200 OK\r\n{head}content-length: 0\r\n\r\n")).await;
+        let lease = pool().lend(&key, LIMIT).await.unwrap();
+        let answer = lease.send(Request::new(Body::empty())).await;
+        let seen = answer.map(|(answer, _)| answer.headers().len());
+        assert_eq!(
+            seen.map_err(|failed| (failed.failed.failure, failed.nothing_processed)),
+            expected,
+            "{fields}"
+        );
+    }
+}
+
 fn key(number: u8, port: u16) -> Key {
     let address = SocketAddr::from(([127, 0, 1, number], port));
     Key { address, security: Security::Plain, version: HttpVersion::Http2 }
