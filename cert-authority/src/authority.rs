@@ -1,8 +1,9 @@
 //! The root and the issuing certificate: made once, kept in the directory, used to sign workloads.
 //!
 //! The root signs only issuing certificates; the issuing certificate signs workloads and is renewed from the
-//! root at half of its life. Nothing is ever made anew because a file is missing. What was signed is read back
-//! and checked like a stranger's before it is handed out, and never outlives its issuer.
+//! root at half of its life, or as soon as it cannot be used: it is missing, damaged, or of another time than the
+//! clock's. The root itself is never made anew. What was signed is read back and checked like a stranger's before it
+//! is handed out, and never outlives its issuer.
 //! Documents: X509-SVID sections 2 to 5, RFC 5280 section 4.
 
 use std::time::{Duration, SystemTime};
@@ -90,10 +91,11 @@ impl Authority {
         Ok(Authority { trust_domain, root, issuing, roots })
     }
 
-    /// Takes up an authority where it was left.
+    /// Takes up an authority where it was left. An issuing certificate that cannot be used is replaced by a new one.
     ///
     /// # Errors
-    /// A file is missing, damaged, wider than 0600, or does not fit the others; the root has expired.
+    /// A file is wider than 0600; root or `roots.pem` are missing, damaged, or do not fit each other; the root is not
+    /// valid now; a new issuing certificate cannot be written.
     pub fn load(directory: &Directory, now: SystemTime) -> Result<Self> {
         let read = |name: &str| {
             let bytes = directory.read(name)?.ok_or_else(|| missing(directory, name))?;
@@ -103,43 +105,61 @@ impl Authority {
         let root = Signer::parse(&bytes).with_context(|| format!("{}", path.display()))?;
         let trust_domain =
             trust_domain_of(&root.certificate).with_context(|| format!("{}", path.display()))?;
-        if root.not_after <= now {
-            bail!(
-                "{}: the root expired at {}; a new one needs a new directory (`weft-ca init`) and its pin at \
-                 every workload",
-                path.display(),
-                humantime::format_rfc3339_seconds(root.not_after)
-            );
-        }
-        let (bytes, path) = read(ISSUING_FILE)?;
-        let issuing = Signer::parse(&bytes).with_context(|| format!("{}", path.display()))?;
+        root.check_time(now).with_context(|| {
+            format!(
+                "{}: the root is not valid now. Set the clock, or, where it is right, make a new root in a new \
+                 directory (`weft-ca init`) and give its pin to every workload",
+                path.display()
+            )
+        })?;
+        // Before anything is signed: the wrong root in a directory must not replace what fits the right one.
         let (bytes, path) = read(ROOTS_FILE)?;
         let roots = parse_roots(&bytes, &root).with_context(|| format!("{}", path.display()))?;
-        let authority = Authority { trust_domain, root, issuing, roots };
-        if authority.issuing.not_after <= now {
-            return authority.renew_issuing(directory, now);
+        let kept = directory.read(ISSUING_FILE)?.context("it is missing");
+        let issuing = match kept.and_then(|bytes| Signer::parse(&bytes)) {
+            Ok(issuing) => issuing,
+            Err(reason) => {
+                warn_of_issuing(directory, &reason);
+                root.replace_issuing(directory, &trust_domain, now)?
+            }
+        };
+        let mut authority = Authority { trust_domain, root, issuing, roots };
+        if let Err(reason) = authority.check_issuing(now) {
+            warn_of_issuing(directory, &reason);
+            authority.issuing = authority.root.replace_issuing(directory, &authority.trust_domain, now)?;
+            authority.check_issuing(now)?;
         }
-        authority.check_issuing(now).with_context(|| {
-            format!("{} was not signed by {ROOT_FILE}", directory.path(ISSUING_FILE).display())
-        })?;
         Ok(authority)
     }
 
     /// The same authority with a new issuing certificate, written to the directory.
     ///
     /// # Errors
-    /// It cannot be written.
+    /// The root is not valid now, or it cannot be written.
     pub fn renew_issuing(&self, directory: &Directory, now: SystemTime) -> Result<Self> {
-        let (_, pem) = self.root.sign_issuing(&self.trust_domain, now)?;
-        directory.write(ISSUING_FILE, pem.as_bytes())?;
+        self.root.check_time(now).with_context(|| format!("{}", directory.path(ROOT_FILE).display()))?;
+        self.root.replace_issuing(directory, &self.trust_domain, now)?;
         Self::load(directory, now)
     }
 
-    /// Is more than half of the issuing certificate's life over?
+    /// Is it time for a new issuing certificate? When more than half of its life is over, and also when it has not
+    /// begun: the clock was ahead when it was signed, and until then it is good for nothing.
     pub fn issuing_is_due(&self, now: SystemTime) -> bool {
+        if now < self.issuing.not_before {
+            return true;
+        }
         let life = self.issuing.not_after.duration_since(self.issuing.not_before).unwrap_or_default();
         let renewable = self.issuing.not_after < self.root.not_after;
         renewable && now + life / 2 >= self.issuing.not_after
+    }
+
+    /// Can anything be signed now?
+    ///
+    /// # Errors
+    /// Which of the two signing certificates is not valid now, and why.
+    pub fn check_time(&self, now: SystemTime) -> Result<()> {
+        self.root.check_time(now).context("the root")?;
+        self.issuing.check_time(now).context("the issuing certificate")
     }
 
     /// Does `roots.pem` differ from what we hand out?
@@ -205,13 +225,13 @@ impl Authority {
         }
         let not_before = (now - BACKDATED).max(self.issuing.not_before);
         let not_after = (now + lifetime).min(self.issuing.not_after);
-        if not_after <= now {
-            bail!("the issuing certificate has expired");
-        }
+        self.check_time(now)?;
         let mut params = CertificateParams::default();
         // No subject: the identity is the URI name alone, which rcgen then marks as critical.
         params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names = vec![SanType::URI(id.as_str().try_into()?)];
+        // RFC 5280 lets a leaf leave basicConstraints out; py-spiffe takes only one that says it is no authority.
+        params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
@@ -285,6 +305,34 @@ impl Signer {
         );
         let issuer = Issuer::from_ca_cert_der(&certificate, key)?;
         Ok(Signer { issuer, not_before, not_after, certificate })
+    }
+
+    /// Is it valid now?
+    fn check_time(&self, now: SystemTime) -> Result<()> {
+        let time = humantime::format_rfc3339_seconds;
+        if now < self.not_before {
+            bail!(
+                "it is valid from {} on, and the clock of this machine says {}",
+                time(self.not_before),
+                time(now)
+            );
+        }
+        if self.not_after <= now {
+            bail!("it expired at {}, and the clock of this machine says {}", time(self.not_after), time(now));
+        }
+        Ok(())
+    }
+
+    /// Signs a new issuing certificate and writes it to the directory.
+    fn replace_issuing(
+        &self,
+        directory: &Directory,
+        trust_domain: &TrustDomain,
+        now: SystemTime,
+    ) -> Result<Signer> {
+        let (issuing, pem) = self.sign_issuing(trust_domain, now)?;
+        directory.write(ISSUING_FILE, pem.as_bytes())?;
+        Ok(issuing)
     }
 
     fn sign_issuing(&self, trust_domain: &TrustDomain, now: SystemTime) -> Result<(Signer, String)> {
@@ -364,6 +412,13 @@ fn read<'a>(certificate: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>> 
 
 fn time_of(seconds: i64) -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
+}
+
+fn warn_of_issuing(directory: &Directory, reason: &anyhow::Error) {
+    tracing::warn!(
+        "{} cannot be used ({reason:#}); a new issuing certificate is signed from {ROOT_FILE}",
+        directory.path(ISSUING_FILE).display()
+    );
 }
 
 fn missing(directory: &Directory, name: &str) -> anyhow::Error {

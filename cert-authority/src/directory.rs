@@ -131,22 +131,23 @@ impl Directory {
         write_private(&path, bytes).with_context(|| format!("writing {}", path.display()))
     }
 
-    /// Renames a file inside: of several callers exactly one succeeds.
+    /// Renames a file inside, and has the disk know it: of several callers exactly one succeeds.
     ///
     /// # Errors
     /// What the file system says, [`ErrorKind::NotFound`] where somebody was first.
     pub fn rename(&self, from: &str, to: &str) -> std::io::Result<()> {
-        fs::rename(self.path(from), self.path(to))
+        fs::rename(self.path(from), self.path(to))?;
+        sync(&self.0)
     }
 
-    /// Removes a file; false where there was none.
+    /// Removes a file, and has the disk know it; false where there was none.
     ///
     /// # Errors
     /// What the file system says.
     pub fn remove(&self, name: &str) -> Result<bool> {
         let path = self.path(name);
         match fs::remove_file(&path) {
-            Ok(()) => Ok(true),
+            Ok(()) => sync(&self.0).map(|()| true).with_context(|| format!("removing {}", path.display())),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
             Err(error) => Err(error).with_context(|| format!("removing {}", path.display())),
         }
@@ -172,11 +173,16 @@ pub fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
         .open(&aside)
         .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
         .and_then(|()| fs::rename(&aside, path))
-        .and_then(|()| File::open(folder)?.sync_all());
+        .and_then(|()| sync(folder));
     if written.is_err() {
         let _ = fs::remove_file(&aside);
     }
     written
+}
+
+/// What was renamed or removed in a directory outlasts a power failure only once the directory itself is synced.
+fn sync(folder: &Path) -> std::io::Result<()> {
+    File::open(folder)?.sync_all()
 }
 
 fn check_owner(path: &Path, owner: u32) -> Result<()> {

@@ -6,7 +6,7 @@
 /// Wiring: listeners, limits, upkeep, drain.
 pub mod server;
 
-/// Accepting workloads: caps, handshake, who is there.
+/// Accepting workloads: a place for each, handshake, who is there.
 pub mod listener;
 /// Renewing what ends, reading what changed.
 pub mod upkeep;
@@ -16,8 +16,12 @@ pub mod admin;
 /// Who asks, is it proven, what was given: the gRPC service.
 pub mod service;
 
+/// Which connections stand, and which one gives way.
+pub mod connections;
 /// One line for each certificate given or refused.
 pub mod audit;
+/// How many lines of the log strangers may cause.
+pub mod limit;
 /// The numbers for Prometheus.
 pub mod metrics;
 

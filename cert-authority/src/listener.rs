@@ -1,9 +1,10 @@
-//! Accepting workloads: the cap on connections, the handshake with its time limit, and who is there.
+//! Accepting workloads: a place for each, the handshake with its time limit, and who is there.
 //!
-//! A connection counts from its accept to its end. A client certificate is optional, but one that is shown must
-//! lead to our roots (rustls checks that) and be exactly one workload's. Decides nothing about certificates.
+//! A client certificate is optional, but one that is shown must lead to our roots (rustls checks that) and be
+//! exactly one workload's. Decides nothing about certificates.
 
 use std::{
+    future::poll_fn,
     io,
     net::SocketAddr,
     pin::Pin,
@@ -16,114 +17,114 @@ use rustls::ServerConfig;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
+    sync::{mpsc, watch},
+    task::yield_now,
     time::{sleep, timeout},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tonic::transport::server::Connected;
 use weft_proto::certificate::Leaf;
 
-use crate::{metrics::Metrics, service::Caller, upkeep::Tls};
+use crate::{
+    connections::{Connections, Place},
+    limit::Limit,
+    metrics::Metrics,
+    service::Caller,
+    upkeep::Tls,
+};
 
 /// For the TLS handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// After an accept that failed (no descriptors left).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Secured connections that wait for the service.
-const WAITING: usize = 16;
+/// Lines of the log about connections that were refused.
+const LINES_PER_MINUTE: u32 = 60;
+
+/// What accepting takes.
+pub struct Accepting {
+    /// Where workloads connect.
+    pub listener: TcpListener,
+    /// How we serve.
+    pub tls: watch::Receiver<Arc<Tls>>,
+    /// Which connections stand.
+    pub connections: Arc<Connections>,
+    /// The numbers.
+    pub metrics: Arc<Metrics>,
+    /// Turns true when the program stops.
+    pub stopping: watch::Receiver<bool>,
+}
 
 /// Accepts and secures connections until the program stops.
-pub fn accept(
-    listener: TcpListener,
-    tls: watch::Receiver<Arc<Tls>>,
-    max_connections: usize,
-    metrics: Arc<Metrics>,
-    mut stopping: watch::Receiver<bool>,
-) -> mpsc::Receiver<Connection> {
-    let (sender, receiver) = mpsc::channel(WAITING);
-    let permits = Arc::new(Semaphore::new(max_connections));
-    tokio::spawn(async move {
-        loop {
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
-                _ = stopping.wait_for(|stopping| *stopping) => return,
-            };
-            let (stream, address) = match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    tracing::warn!("accepting: {error}");
-                    sleep(ACCEPT_PAUSE).await;
-                    continue;
-                }
-            };
-            let Ok(permit) = permits.clone().try_acquire_owned() else {
-                metrics.dropped.get_or_create(&[("reason", "too_many")]).inc();
-                continue;
-            };
-            let counted = Counted::new(permit, metrics.clone());
-            let config = tls.borrow().config.clone();
-            let sender = sender.clone();
-            tokio::spawn(async move {
-                if let Some(connection) = secure(stream, address, config, counted).await {
-                    let _ = sender.send(connection).await;
-                }
-            });
-        }
-    });
-    receiver
-}
-
-async fn secure(
-    stream: TcpStream,
-    address: SocketAddr,
-    config: Arc<ServerConfig>,
-    counted: Counted,
-) -> Option<Connection> {
-    let _ = stream.set_nodelay(true);
-    let refuse = |reason: &'static str, error: String| {
-        tracing::info!(%address, error, "a connection was refused");
-        counted.metrics.dropped.get_or_create(&[("reason", reason)]).inc();
-    };
-    let tls = match timeout(HANDSHAKE_TIMEOUT, TlsAcceptor::from(config).accept(stream)).await {
-        Ok(Ok(tls)) => tls,
-        Ok(Err(error)) => {
-            refuse("handshake", error.to_string());
-            return None;
-        }
-        Err(_) => {
-            refuse("timeout", "the TLS handshake took too long".to_owned());
-            return None;
-        }
-    };
-    let leaf = match tls.get_ref().1.peer_certificates().and_then(|chain| chain.first()) {
-        None => None,
-        Some(certificate) => match Leaf::parse(certificate) {
-            Ok(leaf) => Some(Arc::new(leaf)),
+pub async fn accept(accepting: Accepting, secured: mpsc::Sender<Connection>) {
+    let Accepting { listener, tls, connections, metrics, mut stopping } = accepting;
+    let lines = Arc::new(Limit::new(LINES_PER_MINUTE));
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = stopping.wait_for(|stopping| *stopping) => return,
+        };
+        let (stream, address) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
-                refuse("certificate", error.to_string());
-                return None;
+                if let Some(left_out) = lines.take() {
+                    tracing::warn!(left_out, "accepting: {error}");
+                }
+                sleep(ACCEPT_PAUSE).await;
+                continue;
             }
-        },
-    };
-    Some(Connection { tls, caller: Caller { address, leaf }, _counted: counted })
-}
-
-/// A connection counts while this lives.
-struct Counted {
-    metrics: Arc<Metrics>,
-    _permit: OwnedSemaphorePermit,
-}
-
-impl Counted {
-    fn new(permit: OwnedSemaphorePermit, metrics: Arc<Metrics>) -> Self {
-        metrics.connections.inc();
-        Counted { metrics, _permit: permit }
+        };
+        // None: dropped and counted.
+        let Some(place) = connections.enter() else { continue };
+        let securing = Securing { address, place, metrics: metrics.clone(), lines: lines.clone() };
+        let (config, secured) = (tls.borrow().config.clone(), secured.clone());
+        tokio::spawn(async move {
+            if let Some(connection) = securing.run(stream, config).await {
+                let _ = secured.send(connection).await;
+            }
+        });
+        // Whoever gave way closes first: its descriptor is needed.
+        yield_now().await;
     }
 }
 
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.metrics.connections.dec();
+/// A connection whose far side has not shown yet that it speaks TLS.
+struct Securing {
+    address: SocketAddr,
+    place: Place,
+    metrics: Arc<Metrics>,
+    lines: Arc<Limit>,
+}
+
+impl Securing {
+    async fn run(mut self, stream: TcpStream, config: Arc<ServerConfig>) -> Option<Connection> {
+        let _ = stream.set_nodelay(true);
+        let handshake = timeout(HANDSHAKE_TIMEOUT, TlsAcceptor::from(config).accept(stream));
+        let outcome = tokio::select! {
+            outcome = handshake => outcome,
+            _ = poll_fn(|context| self.place.poll_end(context)) => return None,
+        };
+        let tls = match outcome {
+            Ok(Ok(tls)) => tls,
+            Ok(Err(error)) => return self.refuse("handshake", &error.to_string()),
+            Err(_) => return self.refuse("timeout", "the TLS handshake took too long"),
+        };
+        let leaf = match tls.get_ref().1.peer_certificates().and_then(|chain| chain.first()) {
+            None => None,
+            Some(certificate) => match Leaf::parse(certificate) {
+                Ok(leaf) => Some(Arc::new(leaf)),
+                Err(error) => return self.refuse("certificate", &error.to_string()),
+            },
+        };
+        let caller = Caller { address: self.address, leaf, activity: self.place.activity().clone() };
+        Some(Connection { tls, caller, place: self.place })
+    }
+
+    fn refuse(&self, reason: &'static str, error: &str) -> Option<Connection> {
+        self.metrics.dropped.get_or_create(&[("reason", reason)]).inc();
+        if let Some(left_out) = self.lines.take() {
+            tracing::info!(address = %self.address, error, left_out, "a connection was refused");
+        }
+        None
     }
 }
 
@@ -131,7 +132,17 @@ impl Drop for Counted {
 pub struct Connection {
     tls: TlsStream<TcpStream>,
     caller: Caller,
-    _counted: Counted,
+    place: Place,
+}
+
+impl Connection {
+    /// Where the connection is to be closed, every operation on it fails.
+    fn check_end(&mut self, context: &mut Context<'_>) -> io::Result<()> {
+        match self.place.poll_end(context) {
+            Poll::Ready(reason) => Err(reason),
+            Poll::Pending => Ok(()),
+        }
+    }
 }
 
 impl Connected for Connection {
@@ -148,6 +159,7 @@ impl AsyncRead for Connection {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        self.check_end(context)?;
         Pin::new(&mut self.tls).poll_read(context, buffer)
     }
 }
@@ -158,10 +170,12 @@ impl AsyncWrite for Connection {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        self.check_end(context)?;
         Pin::new(&mut self.tls).poll_write(context, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.check_end(context)?;
         Pin::new(&mut self.tls).poll_flush(context)
     }
 

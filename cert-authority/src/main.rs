@@ -1,19 +1,31 @@
 //! The command line of the certificate authority: `init`, `serve`, `token`, `root`.
 //!
-//! Exit code 2: the command, the state or an address is wrong, and nothing ran. The log goes to standard error,
-//! so that standard output holds answers, or the audit.
+//! Exit code 2: the command, the state or an address is wrong, and nothing ran. 1: it ran and failed. The log goes
+//! to standard error, so that standard output holds answers, or the audit. A log that cannot be written is no reason
+//! to stop: nothing here prints with macros that panic.
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration, time::SystemTime};
+use std::{
+    fmt::Display,
+    io::{Write, stderr, stdout},
+    net::SocketAddr,
+    path::PathBuf,
+    process::ExitCode,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use humantime::{format_duration, format_rfc3339_seconds, parse_duration};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::Notify,
+};
 use tracing_subscriber::EnvFilter;
 use weft_ca::{
     authority::{Authority, ROOTS_FILE},
     directory::{Directory, write_private},
-    server::{Options, serve},
+    server::{Options, Server},
     service::Lifetimes,
     token::{Tokens, name_of},
 };
@@ -85,7 +97,7 @@ struct Serve {
     /// Append the audit to this file (mode 0600) instead of standard output
     #[arg(long, env = "WEFT_CA_AUDIT")]
     audit: Option<PathBuf>,
-    /// Connections at a time
+    /// Connections at a time; the hard limit of descriptors bounds them too
     #[arg(long, default_value_t = 10_000)]
     max_connections: usize,
     /// Write the addresses as JSON to this file once both stand
@@ -159,44 +171,85 @@ struct Root {
     json: bool,
 }
 
+/// The command, the state or an address is wrong.
+const REFUSED: u8 = 2;
+/// It ran and failed.
+const FAILED: u8 = 1;
+
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Init(command) => init(&command),
-        Command::Serve(command) => run(command),
+        Command::Serve(command) => return serve(command),
         Command::Token(TokenCommand::Create(command)) => create_token(&command),
         Command::Token(TokenCommand::List(command)) => list_tokens(&command),
         Command::Token(TokenCommand::Revoke(command)) => revoke_token(&command),
         Command::Root(command) => show_root(&command),
     };
+    exit_code(outcome, REFUSED)
+}
+
+fn exit_code(outcome: Result<()>, code: u8) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("weft-ca: {error:#}");
-            ExitCode::from(2)
+            tell(format_args!("weft-ca: {error:#}"));
+            ExitCode::from(code)
         }
     }
+}
+
+/// A line on standard output.
+fn answer(line: impl Display) -> Result<()> {
+    writeln!(stdout(), "{line}").context("standard output")
+}
+
+/// A line on standard error, where that can be written.
+fn tell(line: impl Display) {
+    let _ = writeln!(stderr(), "{line}");
 }
 
 fn init(command: &Init) -> Result<()> {
     let directory = Directory::create(&command.state.dir)?;
     let authority = Authority::init(&directory, command.trust_domain.clone(), SystemTime::now())?;
     if command.json {
-        println!("{}", describe(&authority));
-    } else {
-        println!("{}", authority.root_sha256());
-        eprintln!(
-            "The line above is the SHA-256 of the new root of {}: what workloads pin. The root itself: {}. Keep \
-             a copy of {} where nobody else can read it.",
-            authority.trust_domain(),
-            directory.path(ROOTS_FILE).display(),
-            command.state.dir.display()
-        );
+        return answer(describe(&authority));
     }
+    answer(authority.root_sha256())?;
+    tell(format_args!(
+        "The line above is the SHA-256 of the new root of {}: what workloads pin. The root itself: {}. Keep \
+         a copy of {} where nobody else can read it.",
+        authority.trust_domain(),
+        directory.path(ROOTS_FILE).display(),
+        command.state.dir.display()
+    ));
     Ok(())
 }
 
-fn run(command: Serve) -> Result<()> {
+fn serve(command: Serve) -> ExitCode {
     log();
+    let started = runtime().and_then(|runtime| {
+        let (signals, server) = runtime.block_on(async {
+            let signals = Signals::new()?;
+            anyhow::Ok((signals, Server::start(options(command)?).await?))
+        })?;
+        Ok((runtime, signals, server))
+    });
+    match started {
+        Err(error) => exit_code(Err(error), REFUSED),
+        Ok((runtime, signals, server)) => {
+            let reread = Arc::new(Notify::new());
+            exit_code(runtime.block_on(server.run(signals.until_stop(reread.clone()), reread)), FAILED)
+        }
+    }
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    Ok(builder.enable_all().max_blocking_threads(BLOCKING_THREADS).build()?)
+}
+
+/// Reads the settings, and makes a new authority where that is asked for.
+fn options(command: Serve) -> Result<Options> {
     let maximum = command.max_lifetime.unwrap_or(command.lifetime);
     if command.lifetime < MIN_LIFETIME || maximum < command.lifetime || maximum > MAX_LIFETIME {
         bail!(
@@ -214,7 +267,7 @@ fn run(command: Serve) -> Result<()> {
         Authority::init(&directory, trust_domain, SystemTime::now())?;
         tracing::info!(dir = %command.state.dir.display(), "made a new authority");
     }
-    let options = Options {
+    Ok(Options {
         dir: command.state.dir,
         listen: command.listen,
         admin: command.admin,
@@ -222,21 +275,49 @@ fn run(command: Serve) -> Result<()> {
         audit: command.audit,
         max_connections: command.max_connections,
         address_file: command.address_file,
-    };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let (mut terminate, mut interrupt) =
-            (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        let stop = async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-        };
-        serve(options, stop).await
     })
 }
 
+/// What an operator asks for by a signal. SIGWINCH is ignored by default.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    quit: Signal,
+    hangup: Signal,
+    user_1: Signal,
+    user_2: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self> {
+        Ok(Signals {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            quit: signal(SignalKind::quit())?,
+            hangup: signal(SignalKind::hangup())?,
+            user_1: signal(SignalKind::user_defined1())?,
+            user_2: signal(SignalKind::user_defined2())?,
+        })
+    }
+
+    /// Returns at the first signal that asks for the end. What means something else, or nothing, to us never ends
+    /// the program.
+    async fn until_stop(mut self, reread: Arc<Notify>) {
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => return tracing::info!("SIGTERM"),
+                _ = self.interrupt.recv() => return tracing::info!("SIGINT"),
+                _ = self.quit.recv() => return tracing::info!("SIGQUIT"),
+                _ = self.hangup.recv() => reread.notify_one(),
+                _ = self.user_1.recv() => tracing::info!("SIGUSR1 means nothing here and is ignored"),
+                _ = self.user_2.recv() => tracing::info!("SIGUSR2 means nothing here and is ignored"),
+            }
+        }
+    }
+}
+
+/// Threads that read and write files for requests; each has few descriptors open.
+const BLOCKING_THREADS: usize = 32;
 /// Shorter certificates could not be renewed in time.
 const MIN_LIFETIME: Duration = Duration::from_secs(5);
 /// Half of an issuing certificate's life: longer ones would be cut short by their issuer.
@@ -281,11 +362,9 @@ fn create_token(command: &TokenCreate) -> Result<()> {
             "reusable": command.reusable,
             "expires": format_rfc3339_seconds(SystemTime::now() + command.expires).to_string(),
         });
-        println!("{answer}");
-    } else if let Some(text) = shown {
-        println!("{text}");
+        return self::answer(answer);
     }
-    Ok(())
+    shown.map_or(Ok(()), answer)
 }
 
 fn list_tokens(command: &TokenList) -> Result<()> {
@@ -301,12 +380,12 @@ fn list_tokens(command: &TokenList) -> Result<()> {
                 "reusable": token.reusable,
                 "expires": expires,
             });
-            println!("{answer}");
+            self::answer(answer)?;
         } else {
             let uses = if token.reusable { "reusable" } else { "once" };
             let state = serde_json::to_value(state)?;
             let state = state.as_str().unwrap_or_default();
-            println!("{name}  {state:<8}{uses:<10}{expires}  {}", token.identity);
+            answer(format_args!("{name}  {state:<8}{uses:<10}{expires}  {}", token.identity))?;
         }
     }
     Ok(())
@@ -320,14 +399,13 @@ fn revoke_token(command: &TokenRevoke) -> Result<()> {
 fn show_root(command: &Root) -> Result<()> {
     let (directory, authority) = load(&command.state)?;
     if command.sha256 {
-        println!("{}", authority.root_sha256());
-    } else if command.json {
-        println!("{}", describe(&authority));
-    } else {
-        let pem = directory.read(ROOTS_FILE)?.context("roots.pem is missing")?;
-        print!("{}", String::from_utf8_lossy(&pem));
+        return answer(authority.root_sha256());
     }
-    Ok(())
+    if command.json {
+        return answer(describe(&authority));
+    }
+    let pem = directory.read(ROOTS_FILE)?.context("roots.pem is missing")?;
+    stdout().write_all(&pem).context("standard output")
 }
 
 fn load(state: &State) -> Result<(Directory, Authority)> {
@@ -353,6 +431,8 @@ fn log() {
         .with_env_filter(filter)
         .with_ansi(false)
         .with_target(false)
+        // It would be printed to standard error with a macro that panics where that cannot be written.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr)
         .init();
 }

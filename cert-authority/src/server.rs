@@ -1,12 +1,14 @@
 //! Where the parts of the authority meet: listeners, TLS, limits, upkeep, drain.
 //!
 //! The order of the start is that of readiness: state, addresses, then service. On a stop the probes turn first,
-//! then nobody is accepted, streams of the bundle are told, and what is under way may finish.
+//! then nobody is accepted, streams of the bundle are told, and what is under way may finish. Where one of the tasks
+//! ends by itself the program ends with an error: it would look alive and give nothing.
 
 use std::{
     future::Future,
     io,
     net::SocketAddr,
+    panic::AssertUnwindSafe,
     path::PathBuf,
     sync::{
         Arc,
@@ -15,26 +17,31 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result, anyhow, bail};
+use futures_util::FutureExt;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{
     net::TcpListener,
-    sync::{mpsc, watch},
+    sync::{Notify, mpsc, watch},
+    task::JoinSet,
     time::timeout,
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::Server;
+use tonic::transport::Server as Grpc;
 use weft_proto::ca::certificate_authority_server::CertificateAuthorityServer;
 
 use crate::{
     admin::{self, Admin},
     audit::Audit,
     authority::Authority,
+    connections::Connections,
     directory::{Directory, write_private},
-    listener::{Connection, accept},
+    limit::Limit,
+    listener::{Accepting, Connection, accept},
     metrics::Metrics,
     service::{Face, Guesses, Lifetimes, Service},
     token::Tokens,
-    upkeep::{Upkeep, make_tls},
+    upkeep::{Tls, Upkeep, make_tls},
 };
 
 /// How `weft-ca serve` was asked to run.
@@ -50,7 +57,7 @@ pub struct Options {
     pub lifetimes: Lifetimes,
     /// The audit file; standard output without one.
     pub audit: Option<PathBuf>,
-    /// Connections at a time.
+    /// Connections at a time; fewer where the process may open too few descriptors.
     pub max_connections: usize,
     /// Where the addresses are written as JSON once the listeners stand.
     pub address_file: Option<PathBuf>,
@@ -71,52 +78,158 @@ const MAX_STREAMS: u32 = 8;
 /// Header bytes of a request.
 const MAX_HEADERS: u32 = 8 * 1024;
 
-/// Serves until the future ends, then drains.
-///
-/// # Errors
-/// The state is refused, or an address cannot be bound.
-pub async fn serve(options: Options, stop: impl Future<Output = ()>) -> Result<()> {
-    let directory = Directory::open(&options.dir)
-        .with_context(|| "no authority here; `weft-ca init` makes one".to_owned())?;
-    let authority = Arc::new(Authority::load(&directory, SystemTime::now())?);
-    let tokens = Tokens::open(&directory)?;
-    let audit = Audit::open(options.audit.as_deref())?;
-    let metrics = Arc::new(Metrics::default());
-    metrics.set_ends(authority.root_not_after(), authority.issuing_not_after());
-    let tls = Arc::new(make_tls(&authority, SystemTime::now())?);
-    let listener = bind(options.listen).await?;
-    let admin_listener = bind(options.admin).await?;
-    announce(&options, &authority, &listener, &admin_listener)?;
+/// Secured connections that wait for the service.
+const WAITING: usize = 16;
+/// Descriptors beside the connections: probes, files of tokens, and what a program has open anyway.
+const RESERVED: u64 = admin::CONNECTIONS as u64 + 128;
+/// Lines of the log about certificates that could not be given.
+const LINES_PER_MINUTE: u32 = 60;
 
-    let (stopping_sender, stopping) = watch::channel(false);
-    let (authority_sender, authority) = watch::channel(authority);
-    let (tls_sender, tls) = watch::channel(tls);
-    let serving = Arc::new(AtomicBool::new(true));
-    let admin = Admin { metrics: metrics.clone(), authority: authority.clone(), serving: serving.clone() };
-    let service = Service {
-        authority,
-        stopping: stopping.clone(),
-        tokens: tokens.clone(),
-        audit,
-        metrics: metrics.clone(),
-        lifetimes: options.lifetimes,
-        guesses: Guesses::default(),
-    };
-    let upkeep = Upkeep { directory, tokens, metrics: metrics.clone(), authority_sender, tls_sender };
-    let background = [tokio::spawn(admin::serve(admin_listener, admin)), tokio::spawn(upkeep.run())];
-    let connections = accept(listener, tls, options.max_connections, metrics, stopping.clone());
-    let grpc = tokio::spawn(serve_grpc(service, connections, stopping));
-    stop.await;
-    tracing::info!("stopping");
-    serving.store(false, Ordering::Relaxed);
-    let _ = stopping_sender.send(true);
-    if timeout(DRAIN, grpc).await.is_err() {
-        tracing::warn!("connections were cut after {} s", DRAIN.as_secs());
+/// An authority whose state is good and whose addresses are bound.
+pub struct Server {
+    options: Options,
+    directory: Directory,
+    authority: Arc<Authority>,
+    tls: Tls,
+    tokens: Tokens,
+    audit: Arc<Audit>,
+    max_connections: usize,
+    listener: TcpListener,
+    admin_listener: TcpListener,
+}
+
+impl Server {
+    /// Takes up the state and binds the addresses.
+    ///
+    /// # Errors
+    /// The state is refused, an address cannot be bound, or the process may open too few descriptors.
+    pub async fn start(options: Options) -> Result<Self> {
+        let directory = Directory::open(&options.dir)
+            .with_context(|| "no authority here; `weft-ca init` makes one".to_owned())?;
+        let authority = Arc::new(Authority::load(&directory, SystemTime::now())?);
+        let tokens = Tokens::open(&directory)?;
+        let audit = Arc::new(Audit::open(options.audit.as_deref())?);
+        let max_connections = fitting(raise_descriptors()?, options.max_connections)?;
+        let tls = make_tls(&authority, SystemTime::now())?;
+        let (listener, admin_listener) = (bind(options.listen).await?, bind(options.admin).await?);
+        announce(&options, &authority, &listener, &admin_listener)?;
+        Ok(Server {
+            options,
+            directory,
+            authority,
+            tls,
+            tokens,
+            audit,
+            max_connections,
+            listener,
+            admin_listener,
+        })
     }
-    for task in background {
-        task.abort();
+
+    /// Serves until the future ends, then drains. `reread` tells that files are to be read again.
+    ///
+    /// # Errors
+    /// One of the tasks has ended by itself.
+    pub async fn run(self, stop: impl Future<Output = ()>, reread: Arc<Notify>) -> Result<()> {
+        let metrics = Arc::new(Metrics::default());
+        metrics.set_ends(self.authority.root_not_after(), self.authority.issuing_not_after());
+        let (stopping_sender, stopping) = watch::channel(false);
+        let (authority_sender, authority) = watch::channel(self.authority);
+        let (tls_sender, tls) = watch::channel(Arc::new(self.tls));
+        let serving = Arc::new(AtomicBool::new(true));
+        let admin = Admin {
+            metrics: metrics.clone(),
+            authority: authority.clone(),
+            audit: self.audit.clone(),
+            serving: serving.clone(),
+        };
+        let service = Service {
+            authority,
+            stopping: stopping.clone(),
+            tokens: self.tokens.clone(),
+            audit: self.audit.clone(),
+            metrics: metrics.clone(),
+            lifetimes: self.options.lifetimes,
+            guesses: Guesses::default(),
+            // A stream holds its connection: some must stay for those who want a certificate.
+            max_watchers: (self.max_connections - self.max_connections / 4).max(1),
+            lines: Limit::new(LINES_PER_MINUTE),
+        };
+        let upkeep = Upkeep {
+            directory: self.directory,
+            tokens: self.tokens,
+            audit: self.audit,
+            metrics: metrics.clone(),
+            reread,
+            authority_sender,
+            tls_sender,
+        };
+        let accepting = Accepting {
+            listener: self.listener,
+            tls,
+            connections: Connections::new(self.max_connections, metrics.clone()),
+            metrics,
+            stopping: stopping.clone(),
+        };
+        let (secured, connections) = mpsc::channel(WAITING);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(essential("probes and metrics", admin::serve(self.admin_listener, admin)));
+        tasks.spawn(essential("the upkeep", upkeep.run()));
+        tasks.spawn(essential("the accept loop", accept(accepting, secured)));
+        let mut grpc = tokio::spawn(essential("the service", serve_grpc(service, connections, stopping)));
+        tokio::select! {
+            () = stop => {}
+            Some(ended) = tasks.join_next() => return Err(ended?),
+            ended = &mut grpc => return Err(ended?),
+        }
+        tracing::info!("stopping");
+        serving.store(false, Ordering::Relaxed);
+        let _ = stopping_sender.send(true);
+        if timeout(DRAIN, grpc).await.is_err() {
+            tracing::warn!("connections were cut after {} s", DRAIN.as_secs());
+        }
+        Ok(())
     }
-    Ok(())
+}
+
+/// Runs what must not end before the program does, and says what has ended all the same.
+async fn essential(name: &'static str, task: impl Future<Output = ()>) -> Error {
+    match AssertUnwindSafe(task).catch_unwind().await {
+        Ok(()) => anyhow!("{name} ended by itself; nothing would be given any more"),
+        Err(_) => anyhow!("{name} ended with a panic, a bug of ours; nothing would be given any more"),
+    }
+}
+
+/// Raises the number of descriptors that this process may open as far as the system allows, and says how many.
+fn raise_descriptors() -> Result<u64> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("the limit of descriptors")?;
+    match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+        Ok(()) => Ok(hard),
+        Err(error) => {
+            tracing::warn!(
+                "the limit of descriptors stays at {soft}, as it cannot be raised to {hard}: {error}"
+            );
+            Ok(soft)
+        }
+    }
+}
+
+/// How many connections fit beside what else takes descriptors.
+fn fitting(descriptors: u64, wanted: usize) -> Result<usize> {
+    let fit = usize::try_from(descriptors.saturating_sub(RESERVED)).unwrap_or(usize::MAX);
+    if fit == 0 {
+        bail!(
+            "this process may open {descriptors} descriptors, and {RESERVED} are needed beside the connections; \
+             raise the hard limit (`ulimit -Hn`, `LimitNOFILE=` of systemd)"
+        );
+    }
+    if fit < wanted {
+        tracing::warn!(
+            "--max-connections is {wanted}, and {descriptors} descriptors are enough for {fit}; raise the hard limit \
+             (`ulimit -Hn`, `LimitNOFILE=` of systemd)"
+        );
+    }
+    Ok(fit.min(wanted))
 }
 
 async fn bind(address: SocketAddr) -> Result<TcpListener> {
@@ -148,11 +261,11 @@ async fn serve_grpc(
     service: Service,
     connections: mpsc::Receiver<Connection>,
     mut stopping: watch::Receiver<bool>,
-) -> Result<(), tonic::transport::Error> {
+) {
     let service =
         CertificateAuthorityServer::new(Face(Arc::new(service))).max_decoding_message_size(MAX_MESSAGE);
     let incoming = tokio_stream::StreamExt::map(ReceiverStream::new(connections), Ok::<_, io::Error>);
-    Server::builder()
+    let served = Grpc::builder()
         .max_concurrent_streams(MAX_STREAMS)
         .http2_max_header_list_size(MAX_HEADERS)
         .http2_keepalive_interval(Some(KEEPALIVE))
@@ -163,5 +276,30 @@ async fn serve_grpc(
         .serve_with_incoming_shutdown(incoming, async move {
             let _ = stopping.wait_for(|stopping| *stopping).await;
         })
-        .await
+        .await;
+    if let Err(error) = served {
+        tracing::error!("the service failed: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_task_that_ends_is_named_however_it_ended() {
+        let ended = essential("the upkeep", async {}).await.to_string();
+        assert!(ended.starts_with("the upkeep ended by itself"), "{ended}");
+        let panicked = essential("the upkeep", async { panic!("for the test") }).await.to_string();
+        assert!(panicked.starts_with("the upkeep ended with a panic"), "{panicked}");
+    }
+
+    #[test]
+    fn connections_leave_descriptors_for_probes_and_files() {
+        assert_eq!(fitting(1 << 20, 10_000).unwrap(), 10_000);
+        assert_eq!(fitting(1024, 10_000).unwrap(), 1024 - RESERVED as usize);
+        assert_eq!(fitting(u64::MAX, 10_000).unwrap(), 10_000);
+        let error = fitting(RESERVED, 1).unwrap_err().to_string();
+        assert!(error.contains("ulimit"), "{error}");
+    }
 }

@@ -28,6 +28,8 @@ use weft_proto::{
 use crate::{
     audit::{Audit, Line},
     authority::{Authority, Issued},
+    connections::{Activity, InFlight},
+    limit::Limit,
     metrics::Metrics,
     request,
     token::{Tokens, name_of},
@@ -40,6 +42,8 @@ pub struct Caller {
     pub address: SocketAddr,
     /// The certificate that the TLS handshake has proven, where it was shown.
     pub leaf: Option<Arc<Leaf>>,
+    /// What the connection is at.
+    pub activity: Arc<Activity>,
 }
 
 /// How long certificates live.
@@ -60,13 +64,17 @@ pub struct Service {
     /// The join tokens.
     pub tokens: Tokens,
     /// Where every decision is written.
-    pub audit: Audit,
+    pub audit: Arc<Audit>,
     /// The numbers.
     pub metrics: Arc<Metrics>,
     /// How long certificates live.
     pub lifetimes: Lifetimes,
     /// Who has tried wrong tokens.
     pub guesses: Guesses,
+    /// Streams of the trust bundle at a time.
+    pub max_watchers: usize,
+    /// Lines of the log about certificates that could not be given.
+    pub lines: Limit,
 }
 
 /// The gRPC face of a shared [`Service`].
@@ -169,12 +177,13 @@ impl Service {
         if id == own {
             return Err(Refusal::new(Reason::BadCertificate, "nobody gets the authority's own identity"));
         }
+        let internal = |error: anyhow::Error| Refusal::new(Reason::Internal, format!("{error:#}"));
+        let issued = authority.sign(&request, &id, lifetime, now).map_err(internal)?;
+        self.audit.check(now).map_err(internal)?;
         if !asked.join_token.is_empty() {
             self.use_up(&asked.join_token, now)?;
         }
-        authority
-            .sign(&request, &id, lifetime, now)
-            .map_err(|error| Refusal::new(Reason::Internal, format!("{error:#}")))
+        Ok(issued)
     }
 
     fn lifetime(&self, seconds: u32) -> Result<Duration, Refusal> {
@@ -263,19 +272,16 @@ impl Service {
     fn note_refused(&self, refusal: &Refusal, mut line: Line, now: SystemTime) {
         let label = refusal.reason.label();
         self.metrics.refused.get_or_create(&[("reason", label)]).inc();
-        if let Reason::TooManyGuesses = refusal.reason {
-            // Counted only: a guesser shall not fill the audit.
-            return;
-        }
         line.event = "refused";
         line.reason = Some(label);
         line.detail = Some(refusal.detail.clone());
-        if let Reason::Internal = refusal.reason {
-            tracing::error!(detail = refusal.detail, "a certificate could not be given");
+        if let Reason::Internal = refusal.reason
+            && let Some(left_out) = self.lines.take()
+        {
+            tracing::error!(detail = refusal.detail, left_out, "a certificate could not be given");
         }
-        if let Err(error) = self.audit.write(line, now) {
-            tracing::error!("the audit cannot be written: {error:#}");
-        }
+        // Where it cannot be written it is counted, and the audit has said so.
+        let _ = self.audit.refused(line, now);
     }
 }
 
@@ -285,6 +291,7 @@ impl CertificateAuthority for Face {
         let Some(caller) = request.extensions().get::<Caller>().cloned() else {
             return Err(Status::internal("the connection is unknown"));
         };
+        let _in_flight = caller.activity.begin();
         let service = self.0.clone();
         let began = Instant::now();
         let work =
@@ -298,9 +305,15 @@ impl CertificateAuthority for Face {
 
     async fn watch_bundle(
         &self,
-        _request: Request<WatchBundleRequest>,
+        request: Request<WatchBundleRequest>,
     ) -> Result<Response<Self::WatchBundleStream>, Status> {
-        let watcher = Watcher::new(self.0.metrics.clone());
+        let Some(caller) = request.extensions().get::<Caller>() else {
+            return Err(Status::internal("the connection is unknown"));
+        };
+        if usize::try_from(self.0.metrics.watchers.get()).is_ok_and(|now| now >= self.0.max_watchers) {
+            return Err(Status::resource_exhausted("too many streams of the trust bundle; try again later"));
+        }
+        let watcher = Watcher::new(self.0.metrics.clone(), caller.activity.begin());
         let mut last = None;
         let changes = WatchStream::new(self.0.authority.clone()).filter_map(move |authority| {
             let _counted = &watcher;
@@ -326,23 +339,25 @@ fn bundle(authority: &Authority) -> Bundle {
 }
 
 /// Counts one stream of the bundle while it lives.
-struct Watcher(Arc<Metrics>);
+struct Watcher {
+    metrics: Arc<Metrics>,
+    _in_flight: InFlight,
+}
 
 impl Watcher {
-    fn new(metrics: Arc<Metrics>) -> Self {
+    fn new(metrics: Arc<Metrics>, in_flight: InFlight) -> Self {
         metrics.watchers.inc();
-        Watcher(metrics)
+        Watcher { metrics, _in_flight: in_flight }
     }
 }
 
 impl Drop for Watcher {
     fn drop(&mut self) {
-        self.0.watchers.dec();
+        self.metrics.watchers.dec();
     }
 }
 
-/// Wrong tokens by address. 256 bits are not guessed; whoever tries is told to wait, and is then counted instead
-/// of written down.
+/// Wrong tokens by address. 256 bits are not guessed; whoever tries is told to wait.
 #[derive(Default)]
 pub struct Guesses(Mutex<HashMap<IpAddr, (Instant, u32)>>);
 

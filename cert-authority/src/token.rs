@@ -118,7 +118,7 @@ impl Tokens {
     }
 
     /// Uses a token that [`Tokens::check`] has found good. A single-use token is gone then, whatever happens
-    /// after; of several callers at the same time one gets it.
+    /// after, a power failure included; of several callers at the same time one gets it.
     ///
     /// # Errors
     /// The file cannot be renamed; the inner error where somebody was first.
@@ -260,6 +260,36 @@ mod tests {
         assert_eq!(tokens.consume(&text, &token).unwrap(), Err(Invalid::Used));
         assert_eq!(tokens.check(&text, now).unwrap(), Err(Invalid::Used));
         assert_eq!(tokens.list(now).unwrap()[0].1, State::Used);
+    }
+
+    #[test]
+    fn the_disk_knows_that_a_token_is_used_or_revoked_before_anybody_else_does() {
+        use nix::sys::inotify::{AddWatchFlags as Flags, InitFlags, Inotify};
+
+        let (outer, tokens) = tokens();
+        let now = SystemTime::now();
+        let (used, revoked) = [(); 2].map(|()| tokens.create(web(), false, HOUR, now).unwrap()).into();
+        let seen = Inotify::init(InitFlags::IN_NONBLOCK).unwrap();
+        let flags = Flags::IN_OPEN | Flags::IN_ONLYDIR | Flags::IN_MOVED_TO | Flags::IN_DELETE;
+        seen.add_watch(&outer.path().join("d/tokens"), flags).unwrap();
+        let token = tokens.check(&used, now).unwrap().unwrap();
+        let changes = [
+            (
+                Flags::IN_MOVED_TO,
+                Box::new(|| tokens.consume(&used, &token).unwrap().unwrap()) as Box<dyn Fn()>,
+            ),
+            (Flags::IN_DELETE, Box::new(|| tokens.revoke(&name_of(&revoked)).unwrap())),
+        ];
+        for (change, run) in changes {
+            run();
+            let events = seen.read_events().unwrap();
+            let changed = events.iter().position(|event| event.mask.contains(change)).expect("the change");
+            // A directory is opened after the change only to be synced.
+            let synced = events[changed..]
+                .iter()
+                .any(|event| event.mask.contains(Flags::IN_OPEN | Flags::IN_ISDIR) && event.name.is_none());
+            assert!(synced, "{change:?}: {events:?}");
+        }
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! What must be done again and again: the issuing certificate and our own renewed in time, `roots.pem` read
-//! again, old tokens forgotten.
+//! again, old tokens forgotten, the audit taken up again where it could not be written.
+//!
+//! Each round looks at the clock, which may have jumped in either direction since the last one.
 //!
 //! A directory that is refused while we run changes nothing: the last good state stays, an error is logged once
 //! and counted each round.
@@ -13,9 +15,13 @@ use anyhow::{Result, anyhow};
 use rcgen::{KeyPair, PublicKeyData};
 use rustls::{RootCertStore, ServerConfig, crypto::CryptoProvider, server::WebPkiClientVerifier};
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
-use tokio::{sync::watch, time::sleep};
+use tokio::{
+    sync::{Notify, watch},
+    time::timeout,
+};
 
 use crate::{
+    audit::Audit,
     authority::{Authority, ROOTS_FILE},
     directory::Directory,
     metrics::Metrics,
@@ -34,7 +40,15 @@ const OWN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 pub struct Tls {
     /// For the next handshake.
     pub config: Arc<ServerConfig>,
+    begins: SystemTime,
     due: SystemTime,
+}
+
+impl Tls {
+    /// Half of its life is over, or it has not begun: the clock was ahead when it was made.
+    fn is_due(&self, now: SystemTime) -> bool {
+        self.due <= now || now < self.begins
+    }
 }
 
 /// The upkeep, and where it publishes.
@@ -43,8 +57,12 @@ pub struct Upkeep {
     pub directory: Directory,
     /// The join tokens.
     pub tokens: Tokens,
+    /// Where every decision is written.
+    pub audit: Arc<Audit>,
     /// The numbers.
     pub metrics: Arc<Metrics>,
+    /// An operator wants everything read again now.
+    pub reread: Arc<Notify>,
     /// Who signs.
     pub authority_sender: watch::Sender<Arc<Authority>>,
     /// How we serve.
@@ -56,7 +74,11 @@ impl Upkeep {
     pub async fn run(self) {
         let mut failing = false;
         for round in 1_u32.. {
-            sleep(UPKEEP).await;
+            if timeout(UPKEEP, self.reread.notified()).await.is_ok() {
+                self.read_again();
+                failing = false;
+            }
+            self.keep_audit(SystemTime::now());
             if let Err(error) = self.round(SystemTime::now()) {
                 self.metrics.upkeep_failures.get_or_create(&[("subject", "state")]).inc();
                 if !failing {
@@ -72,6 +94,20 @@ impl Upkeep {
                 self.metrics.upkeep_failures.get_or_create(&[("subject", "tokens")]).inc();
                 tracing::warn!("old tokens could not be removed: {error:#}");
             }
+        }
+    }
+
+    fn read_again(&self) {
+        match self.audit.reopen() {
+            Ok(()) => tracing::info!("the audit file was opened again, and {ROOTS_FILE} is read again"),
+            Err(error) => tracing::error!("the audit file was not opened again: {error:#}"),
+        }
+    }
+
+    /// What fails here has been logged by the audit when it began to fail.
+    fn keep_audit(&self, now: SystemTime) {
+        if self.audit.check(now).and_then(|()| self.audit.sum_up(now)).is_err() {
+            self.metrics.upkeep_failures.get_or_create(&[("subject", "audit")]).inc();
         }
     }
 
@@ -94,7 +130,7 @@ impl Upkeep {
             self.tls_sender.send_replace(Arc::new(make_tls(&authority, now)?));
             self.metrics.set_ends(authority.root_not_after(), authority.issuing_not_after());
             self.authority_sender.send_replace(authority);
-        } else if self.tls_sender.borrow().due <= now {
+        } else if self.tls_sender.borrow().is_due(now) {
             self.tls_sender.send_replace(Arc::new(make_tls(&current, now)?));
         }
         Ok(())
@@ -131,5 +167,67 @@ pub fn make_tls(authority: &Authority, now: SystemTime) -> Result<Tls> {
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     let life = issued.leaf.not_after.duration_since(now).unwrap_or_default();
-    Ok(Tls { config: Arc::new(config), due: now + life / 2 })
+    Ok(Tls { config: Arc::new(config), begins: issued.leaf.not_before, due: now + life / 2 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DAY: Duration = Duration::from_secs(24 * 3600);
+
+    struct Home {
+        _outer: tempfile::TempDir,
+        upkeep: Upkeep,
+        now: SystemTime,
+    }
+
+    fn home() -> Home {
+        let outer = tempfile::tempdir().unwrap();
+        let (directory, now) = (Directory::create(&outer.path().join("d")).unwrap(), SystemTime::now());
+        let authority = Authority::init(&directory, "weft.local".parse().unwrap(), now).unwrap();
+        let tls = make_tls(&authority, now).unwrap();
+        let upkeep = Upkeep {
+            tokens: Tokens::open(&directory).unwrap(),
+            directory,
+            audit: Arc::new(Audit::open(Some(&outer.path().join("audit"))).unwrap()),
+            metrics: Arc::default(),
+            reread: Arc::default(),
+            authority_sender: watch::channel(Arc::new(authority)).0,
+            tls_sender: watch::channel(Arc::new(tls)).0,
+        };
+        Home { _outer: outer, upkeep, now }
+    }
+
+    impl Home {
+        fn is_good(&self, now: SystemTime) -> bool {
+            let tls = self.upkeep.tls_sender.borrow().clone();
+            self.upkeep.authority_sender.borrow().check_time(now).is_ok()
+                && tls.begins <= now
+                && now < tls.due
+        }
+    }
+
+    #[test]
+    fn a_clock_that_jumps_ahead_and_back_costs_nothing_but_a_round() {
+        let home = home();
+        for now in
+            [home.now, home.now + 50 * DAY, home.now, home.now - Duration::from_secs(20), home.now + DAY]
+        {
+            home.upkeep.round(now).unwrap();
+            assert!(home.is_good(now), "{now:?}");
+        }
+    }
+
+    #[test]
+    fn a_clock_outside_the_life_of_the_root_changes_nothing() {
+        let home = home();
+        let before = home.upkeep.authority_sender.borrow().clone();
+        for wrong in [home.now + 4000 * DAY, home.now - DAY] {
+            assert!(home.upkeep.round(wrong).is_err(), "{wrong:?}");
+        }
+        home.upkeep.round(home.now).unwrap();
+        assert!(home.is_good(home.now));
+        assert!(Arc::ptr_eq(&before, &home.upkeep.authority_sender.borrow()));
+    }
 }

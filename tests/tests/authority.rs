@@ -11,6 +11,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use nix::sys::signal::Signal;
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use serde_json::Value;
@@ -31,7 +32,7 @@ use weft_sidecar::{
     identity::{self, Status},
     tls::{Alpn, Anchor, Credentials, accept, connect, connect_authority},
 };
-use weft_tests::program;
+use weft_tests::{Need, can_run, program, python};
 
 const WEB: &str = "spiffe://weft.local/ns/shop/sa/web";
 const ORDERS: &str = "spiffe://weft.local/ns/shop/sa/orders";
@@ -113,10 +114,27 @@ impl Serving {
     }
 
     async fn start_at(home: &Home, listen: SocketAddr, more: &[&str]) -> Self {
+        let log = fs::File::options().create(true).append(true).open(home.path("log")).unwrap();
+        Self::run(home, Command::new(program("weft-ca")), log.into(), listen, more).await
+    }
+
+    /// After these lines of a shell, for example about limits.
+    async fn start_after(home: &Home, shell: &str, errors: Stdio, more: &[&str]) -> Self {
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("{shell}; exec \"$@\""), "sh"]).arg(program("weft-ca"));
+        Self::run(home, command, errors, "127.0.0.1:0".parse().unwrap(), more).await
+    }
+
+    async fn run(
+        home: &Home,
+        mut command: Command,
+        errors: Stdio,
+        listen: SocketAddr,
+        more: &[&str],
+    ) -> Self {
         let addresses = home.path("addresses");
         let _ = fs::remove_file(&addresses);
-        let log = fs::File::options().create(true).append(true).open(home.path("log")).unwrap();
-        let mut process = Command::new(program("weft-ca"))
+        let mut process = command
             .args(["serve", "--admin", "127.0.0.1:0", "--listen", &listen.to_string()])
             .arg("--dir")
             .arg(home.dir())
@@ -126,7 +144,7 @@ impl Serving {
             .arg(home.path("audit"))
             .args(more)
             .stdout(Stdio::null())
-            .stderr(log)
+            .stderr(errors)
             .spawn()
             .unwrap();
         let began = Instant::now();
@@ -134,7 +152,7 @@ impl Serving {
             assert!(
                 process.try_wait().unwrap().is_none(),
                 "{}",
-                fs::read_to_string(home.path("log")).unwrap()
+                fs::read_to_string(home.path("log")).unwrap_or_default()
             );
             assert!(began.elapsed() < SOON, "weft-ca does not start");
             sleep(Duration::from_millis(20)).await;
@@ -144,10 +162,19 @@ impl Serving {
         Serving { listen: address("listen"), admin: address("admin"), process }
     }
 
-    /// SIGTERM, and the exit code.
-    async fn terminate(mut self) -> Option<i32> {
+    fn signal(&self, signal: Signal) {
         let id = nix::unistd::Pid::from_raw(self.process.id().cast_signed());
-        nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGTERM).unwrap();
+        nix::sys::signal::kill(id, signal).unwrap();
+    }
+
+    /// SIGTERM, and the exit code.
+    async fn terminate(self) -> Option<i32> {
+        self.end_by(Signal::SIGTERM).await
+    }
+
+    /// This signal, and the exit code.
+    async fn end_by(mut self, signal: Signal) -> Option<i32> {
+        self.signal(signal);
         let began = Instant::now();
         loop {
             if let Some(status) = self.process.try_wait().unwrap() {
@@ -237,7 +264,11 @@ async fn issue(
 }
 
 fn request(token: &Path) -> IssueRequest {
-    let csr = CertificateParams::default().serialize_request(&KeyPair::generate().unwrap()).unwrap();
+    request_for(&KeyPair::generate().unwrap(), token)
+}
+
+fn request_for(key: &KeyPair, token: &Path) -> IssueRequest {
+    let csr = CertificateParams::default().serialize_request(key).unwrap();
     let join_token = fs::read_to_string(token).unwrap();
     IssueRequest { csr: csr.der().to_vec(), join_token, lifetime_seconds: 0 }
 }
@@ -461,7 +492,7 @@ async fn state_that_others_may_read_or_that_is_incomplete_is_refused_and_left_al
         assert_eq!(output.status.code(), Some(2));
         assert!(error_of(&output).contains(cure), "{name}: {}", error_of(&output));
     }
-    for name in ["root.pem", "issuing.pem", "roots.pem"] {
+    for name in ["root.pem", "roots.pem"] {
         let home = Home::new();
         fs::remove_file(home.dir().join(name)).unwrap();
         let output = serve(&home);
@@ -474,6 +505,13 @@ async fn state_that_others_may_read_or_that_is_incomplete_is_refused_and_left_al
     let again = home.command(&["init", "--trust-domain", "weft.local"]);
     assert_eq!(again.status.code(), Some(2));
     assert!(error_of(&again).contains("not empty"));
+}
+
+/// The root of an authority, to sign with.
+fn root_of(home: &Home) -> Issuer<'static, KeyPair> {
+    let pem = fs::read_to_string(home.dir().join("root.pem")).unwrap();
+    let key_at = pem.find("-----BEGIN PRIVATE KEY").unwrap();
+    Issuer::from_ca_cert_pem(&pem[..key_at], KeyPair::from_pem(&pem[key_at..]).unwrap()).unwrap()
 }
 
 /// A TLS server that takes anyone and writes down what it is told.
@@ -537,11 +575,7 @@ async fn a_token_is_sent_only_to_an_authority_that_has_proven_itself() {
     task.abort();
 
     // The control: signed by the pinned root, the same server hears the token.
-    let pem = fs::read_to_string(home.dir().join("root.pem")).unwrap();
-    let key_at = pem.find("-----BEGIN PRIVATE KEY").unwrap();
-    let issuer =
-        Issuer::from_ca_cert_pem(&pem[..key_at], KeyPair::from_pem(&pem[key_at..]).unwrap()).unwrap();
-    let (at, heard, task) = recorder(&home, &issuer).await;
+    let (at, heard, task) = recorder(&home, &root_of(&home)).await;
     let _web = Workload::start(home.settings(at, &token));
     let began = Instant::now();
     while !String::from_utf8_lossy(&heard.lock().unwrap()).contains(&secret) {
@@ -666,21 +700,287 @@ async fn a_new_authority_with_a_new_pin_and_token_takes_over() {
 }
 
 #[tokio::test]
-async fn a_client_that_never_speaks_is_sent_away() {
+async fn a_client_that_never_speaks_gives_way_and_is_sent_away() {
     let home = Home::new();
     let serving = Serving::start(&home, &["--max-connections", "1"]).await;
-    let mut silent = TcpStream::connect(serving.listen).await.unwrap();
-    // Wait until it counts, then nobody else gets in.
+    let mut first = TcpStream::connect(serving.listen).await.unwrap();
+    // Wait until it counts, then the next one takes its place.
     let began = Instant::now();
     while !serving.get("/metrics").await.contains("weft_ca_connections 1") {
         assert!(began.elapsed() < SOON);
         sleep(Duration::from_millis(20)).await;
     }
     let mut second = TcpStream::connect(serving.listen).await.unwrap();
-    assert_eq!(timeout(SOON, second.read(&mut [0; 1])).await.unwrap().unwrap_or(0), 0);
-    let end = timeout(Duration::from_secs(8), silent.read(&mut [0; 1])).await.expect("still connected");
+    assert_eq!(timeout(SOON, first.read(&mut [0; 1])).await.unwrap().unwrap_or(0), 0);
+    let end = timeout(Duration::from_secs(8), second.read(&mut [0; 1])).await.expect("still connected");
     assert_eq!(end.unwrap_or(0), 0);
     let metrics = serving.get("/metrics").await;
     assert!(metrics.contains(r#"weft_ca_dropped_total{reason="timeout"} 1"#), "{metrics}");
+    assert!(metrics.contains(r#"weft_ca_dropped_total{reason="displaced"} 1"#), "{metrics}");
+
+    // A stream of the bundle has a request in flight: it does not give way.
+    let mut web = Workload::start(home.settings(serving.listen, &home.token(WEB, &[])));
+    web.identified().await;
+    let began = Instant::now();
+    while !serving.get("/metrics").await.contains("weft_ca_watchers 1") {
+        assert!(began.elapsed() < SOON);
+        sleep(Duration::from_millis(20)).await;
+    }
+    let mut third = TcpStream::connect(serving.listen).await.unwrap();
+    assert_eq!(timeout(SOON, third.read(&mut [0; 1])).await.unwrap().unwrap_or(0), 0);
+    let metrics = serving.get("/metrics").await;
     assert!(metrics.contains(r#"weft_ca_dropped_total{reason="too_many"} 1"#), "{metrics}");
+}
+
+#[tokio::test]
+async fn a_log_that_cannot_be_written_stops_nothing() {
+    let full = || Stdio::from(fs::File::options().write(true).open("/dev/full").unwrap());
+    let closed = || Stdio::from(std::io::pipe().unwrap().1);
+    for errors in [full(), closed()] {
+        let (home, other) = (Home::new(), Home::new());
+        let serving = Serving::start_after(&home, ":", errors, &["--lifetime", "10s"]).await;
+        // Lines of the accept loop's tasks and of the upkeep.
+        let mut stranger = TcpStream::connect(serving.listen).await.unwrap();
+        stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+        let _ = timeout(SOON, stranger.read_to_end(&mut Vec::new())).await.unwrap();
+        let roots = home.dir().join("roots.pem");
+        let (own, foreign) =
+            (fs::read_to_string(&roots).unwrap(), fs::read_to_string(other.dir().join("roots.pem")).unwrap());
+        let settings = home.settings(serving.listen, &home.token(WEB, &[]));
+        fs::write(&roots, &foreign).unwrap();
+        let began = Instant::now();
+        while !serving.get("/metrics").await.contains("weft_ca_upkeep_failures_total{") {
+            assert!(began.elapsed() < SOON, "the upkeep has ended");
+            sleep(Duration::from_millis(50)).await;
+        }
+        fs::write(&roots, format!("{own}{foreign}")).unwrap();
+        let mut web = Workload::start(settings);
+        let first = web.wait(SOON, |held| held.bundle().roots().len() == 2).await;
+        web.wait(SOON, |held| held.serial() != first.serial()).await;
+        assert!(serving.get("/ready").await.starts_with("HTTP/1.1 200"));
+        assert_eq!(serving.terminate().await, Some(0));
+    }
+    // A command whose complaint nobody hears still says by its exit code that it was refused.
+    let refused =
+        Command::new(program("weft-ca")).args(["root", "--dir", "/nowhere"]).stderr(full()).status().unwrap();
+    assert_eq!(refused.code(), Some(2));
+    let home = Home::new();
+    let unheard = Command::new(program("weft-ca"))
+        .args(["root", "--sha256", "--dir"])
+        .arg(home.dir())
+        .stdout(full())
+        .output()
+        .unwrap();
+    assert_eq!(unheard.status.code(), Some(2), "{}", error_of(&unheard));
+    assert!(error_of(&unheard).contains("standard output"), "{}", error_of(&unheard));
+}
+
+#[tokio::test]
+async fn each_signal_drains_rereads_or_means_nothing() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT] {
+        let home = Home::new();
+        let serving = Serving::start(&home, &[]).await;
+        let mut web = Workload::start(home.settings(serving.listen, &home.token(WEB, &[])));
+        web.identified().await;
+        assert_eq!(serving.end_by(signal).await, Some(0), "{signal}");
+        let log = fs::read_to_string(home.path("log")).unwrap();
+        assert!(log.contains("stopping") && log.contains(signal.as_str()), "{signal}: {log}");
+        assert!(!log.contains("cut after"), "{signal}: the stream of the bundle was not told: {log}");
+    }
+    let home = Home::new();
+    let mut serving = Serving::start(&home, &[]).await;
+    for signal in [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGWINCH, Signal::SIGHUP, Signal::SIGPIPE] {
+        serving.signal(signal);
+        sleep(Duration::from_millis(300)).await;
+        assert!(serving.process.try_wait().unwrap().is_none(), "{signal} ended it");
+        assert!(serving.get("/ready").await.starts_with("HTTP/1.1 200"), "{signal}");
+    }
+    // HUP after a rotation: the next line is in the new file.
+    let token = home.token(WEB, &["--reusable"]);
+    issue(&home, serving.listen, None, request(&token)).await.unwrap();
+    fs::rename(home.path("audit"), home.path("audit.1")).unwrap();
+    serving.signal(Signal::SIGHUP);
+    let began = Instant::now();
+    while !home.path("audit").exists() {
+        assert!(began.elapsed() < SOON, "the audit was not opened again");
+        sleep(Duration::from_millis(20)).await;
+    }
+    issue(&home, serving.listen, None, request(&token)).await.unwrap();
+    assert_eq!(home.audit().len(), 1);
+}
+
+/// An issuing certificate as a clock leaves it that was ahead for a moment.
+fn future_issuing(home: &Home) -> String {
+    let day = Duration::from_secs(24 * 3600);
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::default();
+    params.distinguished_name.push(DnType::CommonName, "Weft issuing of the future");
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params.not_before = (SystemTime::now() + 50 * day).into();
+    params.not_after = (SystemTime::now() + 140 * day).into();
+    let certificate = params.signed_by(&key, &root_of(home)).unwrap();
+    format!("{}{}", certificate.pem(), key.serialize_pem())
+}
+
+#[tokio::test]
+async fn an_issuing_certificate_that_is_bad_missing_or_of_the_future_is_signed_anew() {
+    let missing = |home: &Home| drop(fs::remove_file(home.dir().join("issuing.pem")));
+    let damaged = |home: &Home| fs::write(home.dir().join("issuing.pem"), "not PEM").unwrap();
+    let future = |home: &Home| fs::write(home.dir().join("issuing.pem"), future_issuing(home)).unwrap();
+    for spoil in [&missing as &dyn Fn(&Home), &damaged, &future] {
+        let home = Home::new();
+        spoil(&home);
+        let serving = Serving::start(&home, &[]).await;
+        assert!(serving.get("/ready").await.starts_with("HTTP/1.1 200"));
+        Workload::start(home.settings(serving.listen, &home.token(WEB, &[]))).identified().await;
+        let log = fs::read_to_string(home.path("log")).unwrap();
+        assert!(log.contains("issuing.pem cannot be used"), "{log}");
+    }
+}
+
+/// A TLS connection to the authority, without a certificate and without a word.
+async fn wordless(home: &Home, at: SocketAddr) -> Option<weft_sidecar::net::Stream> {
+    let root = CertificateDer::from_pem_file(home.dir().join("roots.pem")).unwrap();
+    let tcp = TcpStream::connect(at).await.unwrap();
+    let proven = connect_authority(tcp.into(), vec![Anchor::Roots(vec![root])], None).await;
+    proven.ok().map(|(stream, _)| stream)
+}
+
+#[tokio::test]
+async fn idle_connections_of_strangers_make_it_deaf_to_nobody() {
+    let home = Home::new();
+    let log = || fs::File::options().create(true).append(true).open(home.path("log")).unwrap().into();
+    let limits = "ulimit -Sn 128 && ulimit -Hn 400";
+    let serving = Serving::start_after(&home, limits, log(), &[]).await;
+    let text = fs::read_to_string(home.path("log")).unwrap();
+    assert!(text.contains("--max-connections is 10000, and 400 descriptors are enough for 208"), "{text}");
+    let began = Instant::now();
+    let mut idle = Vec::new();
+    for _ in 0..500 {
+        idle.extend(wordless(&home, serving.listen).await);
+    }
+    assert!(idle.len() > 208, "only {} connections stood at all", idle.len());
+    let live = timeout(SOON, serving.get("/live")).await.expect("no answer of /live");
+    assert!(live.starts_with("HTTP/1.1 200"), "{live}");
+    let issued = timeout(SOON, issue(&home, serving.listen, None, request(&home.token(WEB, &[])))).await;
+    issued.expect("it is deaf").unwrap();
+    // The youngest was not displaced; it has not asked in time.
+    let mut youngest = idle.pop().unwrap();
+    let end = timeout(Duration::from_secs(20), youngest.read(&mut [0; 64])).await;
+    while let Ok(Ok(1..)) = timeout(Duration::from_secs(20), youngest.read(&mut [0; 64])).await {}
+    assert!(end.is_ok(), "a connection that never asks still stands after {:?}", began.elapsed());
+    let metrics = serving.get("/metrics").await;
+    assert!(metrics.contains(r#"weft_ca_dropped_total{reason="displaced"}"#), "{metrics}");
+    assert!(metrics.contains(r#"weft_ca_dropped_total{reason="timeout"}"#), "{metrics}");
+}
+
+#[tokio::test]
+async fn half_requests_at_the_probes_keep_no_probe_waiting() {
+    let home = Home::new();
+    let serving = Serving::start(&home, &[]).await;
+    let mut halves = Vec::new();
+    for _ in 0..200 {
+        let mut half = TcpStream::connect(serving.admin).await.unwrap();
+        half.write_all(b"GET /live HTTP/1.1\r\nHost: ").await.unwrap();
+        halves.push(half);
+    }
+    // Less than the time that the head of a request may take, and far more than an answer does.
+    for path in ["/live", "/ready", "/metrics"] {
+        let answer = timeout(Duration::from_secs(4), serving.get(path)).await;
+        assert!(answer.expect("no answer").starts_with("HTTP/1.1 200"));
+    }
+}
+
+#[tokio::test]
+async fn a_flood_of_refusals_fills_no_audit() {
+    let home = Home::new();
+    let serving = Serving::start(&home, &[]).await;
+    let token = home.token(WEB, &[]);
+    for _ in 0..100 {
+        let unproven = IssueRequest { join_token: String::new(), ..request(&token) };
+        assert!(issue(&home, serving.listen, None, unproven).await.is_err());
+    }
+    issue(&home, serving.listen, None, request(&token)).await.unwrap();
+    let audit = home.audit();
+    let refused = audit.iter().filter(|line| line["event"] == "refused").count();
+    assert!((1..=40).contains(&refused), "{refused} lines of refusals");
+    assert_eq!(audit.last().unwrap()["event"], "issued");
+    let metrics = serving.get("/metrics").await;
+    assert!(metrics.contains(r#"weft_ca_refused_total{reason="no_proof"} 100"#), "{metrics}");
+}
+
+#[tokio::test]
+async fn while_the_audit_cannot_be_written_nothing_is_given_and_no_token_is_lost() {
+    let home = Home::new();
+    // Files end at 1 KiB: what a full disk does to them, half a line included.
+    let limits = "trap '' XFSZ; ulimit -f 2";
+    let serving = Serving::start_after(&home, limits, Stdio::null(), &[]).await;
+    let (many, once) = (home.token(WEB, &["--reusable"]), home.token(ORDERS, &[]));
+    let mut given = 0;
+    let refused = loop {
+        match issue(&home, serving.listen, None, request(&many)).await {
+            Ok(_) => given += 1,
+            Err(status) => break status,
+        }
+        assert!(given < 9, "the audit has no end");
+    };
+    assert_eq!((refused.code(), given > 0), (Code::Internal, true), "{refused}");
+    let ready = serving.get("/ready").await;
+    assert!(ready.starts_with("HTTP/1.1 503") && ready.contains("audit"), "{ready}");
+    assert!(issue(&home, serving.listen, None, request(&once)).await.is_err());
+
+    fs::rename(home.path("audit"), home.path("audit.full")).unwrap();
+    serving.signal(Signal::SIGHUP);
+    let began = Instant::now();
+    while !serving.get("/ready").await.starts_with("HTTP/1.1 200") {
+        assert!(began.elapsed() < SOON, "it does not go on");
+        sleep(Duration::from_millis(20)).await;
+    }
+    issue(&home, serving.listen, None, request(&once)).await.expect("the token was lost");
+    assert_eq!(home.audit().last().unwrap()["event"], "issued");
+}
+
+#[tokio::test]
+async fn py_spiffe_and_openssl_take_our_certificates() {
+    if !can_run(&[Need::Python, Need::Program("openssl", "openssl")]) {
+        return;
+    }
+    let home = Home::new();
+    let serving = Serving::start(&home, &[]).await;
+    let key = KeyPair::generate().unwrap();
+    let asked = request_for(&key, &home.token(WEB, &[]));
+    let answer = issue(&home, serving.listen, None, asked).await.unwrap();
+    for (at, name) in [(0, "leaf"), (1, "issuing")] {
+        fs::write(home.path(&format!("{name}.der")), &answer.chain[at]).unwrap();
+        let made = Command::new("openssl")
+            .args(["x509", "-inform", "DER", "-in"])
+            .arg(home.path(&format!("{name}.der")))
+            .arg("-out")
+            .arg(home.path(&format!("{name}.pem")))
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "{}", error_of(&made));
+    }
+    let verified = Command::new("openssl")
+        .args(["verify", "-x509_strict", "-purpose", "sslclient", "-CAfile"])
+        .arg(home.dir().join("roots.pem"))
+        .arg("-untrusted")
+        .arg(home.path("issuing.pem"))
+        .arg(home.path("leaf.pem"))
+        .output()
+        .unwrap();
+    assert!(verified.status.success(), "{}", error_of(&verified));
+    fs::write(home.path("key.pem"), key.serialize_pem()).unwrap();
+    const READ: &str = "import sys; from spiffe import X509Svid\n\
+        read = lambda name: open(name, 'rb').read()\n\
+        leaf, issuing, key = map(read, sys.argv[1:])\n\
+        print(X509Svid.parse(leaf + issuing, key).spiffe_id)";
+    let read = Command::new(python())
+        .args(["-c", READ])
+        .args(["leaf.pem", "issuing.pem", "key.pem"].map(|name| home.path(name)))
+        .output()
+        .unwrap();
+    assert!(read.status.success(), "{}", error_of(&read));
+    assert_eq!(String::from_utf8_lossy(&read.stdout).trim(), WEB);
 }
