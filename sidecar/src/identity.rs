@@ -25,4 +25,6 @@ pub struct Status {
     pub failures: u32,
     /// Certificates obtained since the start.
     pub obtained: u64,
+    /// Attempts that failed since the start.
+    pub failed: u64,
 }

@@ -3,6 +3,7 @@
 
 use std::{
     ffi::OsString,
+    io::Write,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -134,7 +135,7 @@ fn with_config(flags: &ArgMatches, admin: SocketAddr, then: impl FnOnce(Config) 
     match Config::check(&Written::read(flags, variables), admin) {
         Ok(config) => then(config),
         Err(invalid) => {
-            eprint!("weft-sidecar: {invalid}");
+            complain(format_args!("{}", invalid.to_string().trim_end()));
             ExitCode::from(USAGE)
         }
     }
@@ -144,7 +145,7 @@ fn run(flags: &ArgMatches, admin: SocketAddr, place: Place) -> ExitCode {
     with_config(flags, admin, |config| match App::build(config, place) {
         Ok(app) => app.run(),
         Err(error) => {
-            eprintln!("weft-sidecar: {error:#}");
+            complain(format_args!("{error:#}"));
             ExitCode::from(FAILED)
         }
     })
@@ -158,7 +159,7 @@ fn redirect(flags: &ArgMatches) -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("weft-sidecar: {error:#}");
+            complain(format_args!("{error:#}"));
             ExitCode::from(FAILED)
         }
     }
@@ -178,10 +179,15 @@ fn ask(flags: &ArgMatches, method: Method, path: &str, body: Option<&Value>) -> 
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("weft-sidecar: {}: {error:#}", socket.display());
+            complain(format_args!("{}: {error:#}", socket.display()));
             ExitCode::from(FAILED)
         }
     }
+}
+
+/// The exit code says it too: where standard error cannot be written, that must not become a panic.
+fn complain(what: std::fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stderr(), "weft-sidecar: {what}");
 }
 
 fn version() -> ExitCode {

@@ -47,6 +47,7 @@ pub(super) fn start_sources(shared: &Arc<Shared>, senders: Senders, span_export:
     shared.tasks.spawn("services in use", shared.upstreams.clone().follow());
     Tasks::spawn_minor("count of endpoints", count_endpoints(shared.clone()));
     shared.tasks.spawn("readiness of the identity", follow_identity(shared.clone()));
+    Tasks::spawn_minor("count of renewals", count_renewals(shared.clone()));
     shared.tasks.spawn("readiness of discovery", follow_directory(shared.clone()));
     Tasks::spawn_minor("memory", memory::give_back());
 }
@@ -163,12 +164,28 @@ async fn follow_identity(shared: Arc<Shared>) {
     loop {
         let current = credentials.borrow_and_update().clone();
         shared.conditions.identity.set(current.is_some());
+        let not_after = current.as_ref().map(|current| current.not_after());
+        shared.telemetry.metrics().certificate_expires(not_after);
         if let Some(current) = current {
             shared.telemetry.set_identity(current.id());
-            shared.telemetry.metrics().certificate_expires(current.not_after());
-            shared.telemetry.metrics().identity_renewed("ok");
         }
         if credentials.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Counts requests for a certificate, also those that failed: credentials tell of neither, since they change with the
+/// trust bundle and stay while the authority is away.
+async fn count_renewals(shared: Arc<Shared>) {
+    let (mut status, metrics) = (shared.identity_status.clone(), shared.telemetry.metrics());
+    let (mut obtained, mut failed) = (0, 0);
+    loop {
+        let now = status.borrow_and_update().clone();
+        metrics.identity_renewed("ok", now.obtained - obtained);
+        metrics.identity_renewed("failed", now.failed - failed);
+        (obtained, failed) = (now.obtained, now.failed);
+        if status.changed().await.is_err() {
             return;
         }
     }

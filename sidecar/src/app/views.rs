@@ -40,6 +40,7 @@ fn status(shared: &Shared) -> Value {
             "failures": identity.failures,
             "last_error": identity.last_error,
             "obtained": identity.obtained,
+            "failed": identity.failed,
             "next_attempt": identity.next_attempt.map(rfc3339),
         },
         "services": shared.directory.borrow().services().len(),

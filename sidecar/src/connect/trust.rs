@@ -13,6 +13,9 @@ use crate::{
     tls::{Credentials, VerifiedPeer},
 };
 
+/// The clock is looked at this often: it may be set, and timers stand still while the machine is suspended.
+const LONGEST_SLEEP: Duration = Duration::from_secs(60);
+
 /// Resolves when `peer` is no longer to be trusted, `ahead` of the end of its certificate; at once where it is not.
 pub async fn trust_ended(
     peer: &VerifiedPeer,
@@ -24,8 +27,11 @@ pub async fn trust_ended(
     loop {
         let now = SystemTime::now();
         let left = peer.not_after().duration_since(now).unwrap_or_default().saturating_sub(ahead);
+        if left.is_zero() {
+            return;
+        }
         tokio::select! {
-            () = tokio::time::sleep(left) => return,
+            () = tokio::time::sleep(left.min(LONGEST_SLEEP)) => {}
             changed = credentials.changed() => {
                 let current = credentials.borrow_and_update().clone();
                 match (changed, current) {
@@ -42,4 +48,43 @@ pub async fn trust_ended(
 /// What to say of a connection that ended because of it.
 pub fn trust_is_over(peer: &VerifiedPeer) -> Failed {
     Failed::new(Failure::UntrustedPeer, format!("the trust in {} ended", peer.id()))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        net::{TcpListener, TcpStream},
+        time::timeout,
+    };
+
+    use super::*;
+    use crate::tls::{
+        self, Alpn,
+        tests::{ORDERS, TestAuthority, WEB},
+    };
+
+    #[tokio::test]
+    async fn the_clock_ends_trust_and_not_the_timer() {
+        let authority = TestAuthority::new("weft.local");
+        let (web, orders) = (authority.credentials(WEB), authority.credentials(ORDERS));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (far, _) = listener.accept().await.unwrap();
+        let expected = [orders.id().clone()];
+        let (near, far) = tokio::join!(
+            tls::connect(near.into(), &web, &expected, Alpn::Tcp),
+            tls::accept(far.into(), &orders)
+        );
+        let ((_near, peer), _far) = (near.unwrap(), far.unwrap());
+        let (_publish, credentials) = watch::channel(Some(Arc::new(web)));
+        let hour = Duration::from_secs(3600);
+
+        // Timers run for two hours here, and the clock does not move, as after it was set back. That a suspended
+        // machine sees the opposite within one sleep is the same look at the clock.
+        tokio::time::pause();
+        let ended = timeout(2 * hour, trust_ended(&peer, credentials.clone(), Duration::ZERO)).await;
+        assert!(ended.is_err(), "a timer ended the trust in a certificate that is valid for an hour");
+        let ended = timeout(hour, trust_ended(&peer, credentials, 2 * hour)).await;
+        assert!(ended.is_ok(), "two hours ahead of its end it is over");
+    }
 }

@@ -1,7 +1,8 @@
 //! The loop that keeps us identified: ask, publish, wait for half of the life, ask again.
 //!
 //! One task does it all, so there is one order of events: a renewal, a changed bundle and the end of the
-//! certificate are three branches of one wait. A failure never takes away what is still valid.
+//! certificate are three branches of one wait. A failure never takes away what is still valid, and a clock that was
+//! wrong for a moment takes away nothing for longer.
 
 use std::{
     fs::File,
@@ -16,14 +17,14 @@ use anyhow::{Context, Result};
 use aws_lc_rs::digest::{SHA256, digest};
 use tokio::{
     sync::watch,
-    time::{Instant, sleep, sleep_until, timeout},
+    time::{Instant, sleep, timeout},
 };
 
 use super::{
     Status,
     client::{BundleStream, NotGiven, Proof, obtain},
     kept::{Kept, hex},
-    schedule,
+    schedule::{self, Wake},
 };
 use crate::{
     config::Authority,
@@ -62,13 +63,14 @@ struct Renewal {
     random: fastrand::Rng,
     /// The newest bundle of a stream that stands; none while there is no stream.
     bundle: watch::Receiver<Option<Bundle>>,
+    /// The last certificate; it may have expired since.
     held: Option<Held>,
     /// There is a token that was not in use when the kept certificate was obtained: it is asked first, once.
     prefer_token: bool,
     warned_of_token: bool,
 }
 
-/// The certificate in use.
+/// A certificate with its key.
 struct Held {
     key: Vec<u8>,
     credentials: Arc<Credentials>,
@@ -78,7 +80,7 @@ struct Held {
 impl Renewal {
     async fn run(mut self) {
         self.take_up_kept();
-        let mut next = match &self.held {
+        let mut next = match self.valid() {
             Some(held) if !self.prefer_token => self.until_renewal(&held.credentials.clone()),
             _ => Duration::ZERO,
         };
@@ -96,21 +98,17 @@ impl Renewal {
                 }
                 Err(detail) => self.note_failure(detail),
             };
-            self.withdraw_if_expired();
+            self.follow_clock();
         }
     }
 
     /// Waits; on the way a changed bundle is published, and a certificate that ends is withdrawn.
     async fn wait(&mut self, pause: Duration) {
-        let until = Instant::now() + pause;
-        loop {
-            let end = match &self.held {
-                Some(held) => held.credentials.remaining(SystemTime::now()),
-                None => Duration::MAX,
-            };
+        let wake = Wake::after(pause, Instant::now(), SystemTime::now());
+        while let Some(nap) = wake.sleep(Instant::now(), SystemTime::now()) {
+            let end = self.valid().map(|held| held.credentials.remaining(SystemTime::now()));
             tokio::select! {
-                () = sleep_until(until) => return,
-                () = sleep(end), if self.held.is_some() => self.withdraw_if_expired(),
+                () = sleep(end.map_or(nap, |end| end.min(nap))) => self.follow_clock(),
                 Ok(()) = self.bundle.changed() => {
                     if self.take_bundle() == Vouched::NoLonger {
                         return;
@@ -122,7 +120,7 @@ impl Renewal {
 
     /// Asks the authority, by the certificate where we have one, and by the token where that is not enough.
     async fn renew(&mut self) -> Result<Arc<Credentials>, String> {
-        let held = self.held.as_ref().map(|held| held.credentials.clone());
+        let held = self.valid().map(|held| held.credentials.clone());
         let limit = schedule::attempt(held.as_ref().map(|held| held.remaining(SystemTime::now())));
         let by_certificate = match &held {
             Some(held) if !self.prefer_token => Some(held.clone()),
@@ -201,7 +199,7 @@ impl Renewal {
     /// Publishes our certificate with the roots of the newest bundle.
     fn take_bundle(&mut self) -> Vouched {
         let Some(bundle) = self.bundle.borrow_and_update().clone() else { return Vouched::Still };
-        let Some(held) = &self.held else { return Vouched::Still };
+        let Some(held) = self.valid() else { return Vouched::Still };
         if bundle == *held.credentials.bundle() {
             return Vouched::Still;
         }
@@ -219,19 +217,30 @@ impl Renewal {
         if vouched { Vouched::Still } else { Vouched::NoLonger }
     }
 
-    fn withdraw_if_expired(&mut self) {
-        if let Some(held) = &self.held
-            && held.credentials.remaining(SystemTime::now()).is_zero()
-        {
-            tracing::error!(id = %held.credentials.id(), "our certificate has expired; we have no identity now");
-            self.held = None;
-            self.publish.send_replace(None);
+    /// The certificate in hand, as long as it has not expired.
+    fn valid(&self) -> Option<&Held> {
+        self.held.as_ref().filter(|held| !held.credentials.remaining(SystemTime::now()).is_zero())
+    }
+
+    /// Withdraws what has expired, and publishes it again where the clock was set back since: it was ahead.
+    fn follow_clock(&mut self) {
+        let Some(held) = &self.held else { return };
+        let valid = self.valid().map(|held| held.credentials.clone());
+        match (&valid, self.publish.borrow().is_some()) {
+            (None, true) => {
+                tracing::error!(id = %held.credentials.id(), "our certificate has expired; we have no identity now");
+            }
+            (Some(_), false) => {
+                tracing::warn!(id = %held.credentials.id(), "the clock was set back; our certificate is valid again");
+            }
+            _ => return,
         }
+        self.publish.send_replace(valid);
     }
 
     fn note_failure(&mut self, detail: String) -> Duration {
         let failures = self.status.borrow().failures.saturating_add(1);
-        let remaining = self.held.as_ref().map(|held| held.credentials.remaining(SystemTime::now()));
+        let remaining = self.valid().map(|held| held.credentials.remaining(SystemTime::now()));
         let pause = schedule::pause(failures, remaining, &mut self.random);
         tracing::warn!(
             failures,
@@ -240,6 +249,7 @@ impl Renewal {
         );
         self.status.send_modify(|status| {
             status.failures = failures;
+            status.failed += 1;
             status.last_error = Some(detail);
         });
         pause

@@ -3,7 +3,9 @@
 //! Renewal begins around half of the life, spread so that sidecars that started together do not renew
 //! together. After a failure the pauses double, and stay a small part of the life that is left to save.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
+
+use tokio::time::Instant;
 
 /// The first pause without a certificate: at a start the authority is often a moment behind us.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
@@ -18,6 +20,29 @@ const PART_OF_LIFE: u32 = 10;
 /// For one attempt.
 const LONGEST_ATTEMPT: Duration = Duration::from_secs(10);
 const SHORTEST_ATTEMPT: Duration = Duration::from_secs(1);
+/// Nobody sleeps longer without looking at the clock.
+const LONGEST_SLEEP: Duration = Duration::from_secs(10);
+
+/// A time to wait for, by two clocks: whichever comes there first. The monotonic clock stands still while the machine
+/// is suspended, and the wall clock may be set back.
+pub(super) struct Wake {
+    monotonic: Instant,
+    wall: SystemTime,
+}
+
+impl Wake {
+    /// After this pause.
+    pub(super) fn after(pause: Duration, monotonic: Instant, wall: SystemTime) -> Self {
+        Wake { monotonic: monotonic + pause, wall: wall + pause }
+    }
+
+    /// How long to sleep before the next look at the clocks; none where the time has come.
+    pub(super) fn sleep(&self, monotonic: Instant, wall: SystemTime) -> Option<Duration> {
+        let left = self.wall.duration_since(wall).unwrap_or_default();
+        let left = left.min(self.monotonic.saturating_duration_since(monotonic));
+        (!left.is_zero()).then(|| left.min(LONGEST_SLEEP))
+    }
+}
 
 /// How long to wait with a certificate that has this long to live: 45 to 55 % of it.
 pub(super) fn until_renewal(remaining: Duration, random: &mut fastrand::Rng) -> Duration {
@@ -53,6 +78,28 @@ mod tests {
         assert!(times.iter().all(|time| *time >= DAY.mul_f64(0.45) && *time <= DAY.mul_f64(0.55)));
         let (early, late) = (times.iter().min().unwrap(), times.iter().max().unwrap());
         assert!(*late - *early > DAY.mul_f64(0.09), "all at the same time");
+    }
+
+    #[test]
+    fn a_wait_ends_by_the_clock_that_is_there_first() {
+        let (start, wall) = (Instant::now(), SystemTime::UNIX_EPOCH + DAY);
+        let wake = Wake::after(DAY / 2, start, wall);
+        let second = Duration::from_secs(1);
+        let cases = [
+            // what the monotonic and the wall clock have gone on by
+            (Duration::ZERO, Duration::ZERO, Some(LONGEST_SLEEP)),
+            (DAY / 2 - second, DAY / 2 - second, Some(second)),
+            (DAY / 2, DAY / 2, None),
+            // a suspended machine
+            (second, DAY / 2, None),
+            (second, DAY * 3, None),
+            (second, DAY / 2 - second, Some(second)),
+        ];
+        for (monotonic, passed, expected) in cases {
+            assert_eq!(wake.sleep(start + monotonic, wall + passed), expected, "{monotonic:?} {passed:?}");
+        }
+        // a wall clock that was set back
+        assert_eq!(wake.sleep(start + DAY / 2, wall - DAY), None);
     }
 
     #[test]

@@ -55,7 +55,8 @@ pub fn namespace_main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("weft-sidecar {}: {error:#}", super::NAMESPACE_ARGUMENT);
+            let line = format!("weft-sidecar {}: {error:#}\n", super::NAMESPACE_ARGUMENT);
+            let _ = io::Write::write_all(&mut io::stderr(), line.as_bytes());
             ExitCode::FAILURE
         }
     }

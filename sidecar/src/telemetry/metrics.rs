@@ -142,6 +142,10 @@ impl Metrics {
         let dns_queries = counters("dns_queries", "DNS queries of the app", &["result"], SERIES);
         let identity_renewals =
             counters("identity_renewals", "Requests for a certificate", &["result"], SERIES);
+        // A rate or an alert needs them before the first failure.
+        for result in ["ok", "failed"] {
+            identity_renewals.with(&[result]);
+        }
         let config_reloads = counters("config_reloads", "Changes of policy", &["result"], SERIES);
         let help = "Questions to the registry";
         let registry_requests = counters("registry_requests", help, &["result"], SERIES);
@@ -258,15 +262,16 @@ impl Metrics {
         self.dns_queries.with(&[result]).inc();
     }
 
-    /// When our certificate ends.
-    pub fn certificate_expires(&self, at: SystemTime) {
-        let seconds = at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    /// When our certificate ends; none where we have none.
+    pub fn certificate_expires(&self, at: Option<SystemTime>) {
+        let since = at.and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+        let seconds = since.unwrap_or_default().as_secs();
         self.certificate_expiry.set(seconds.min(i64::MAX as u64) as i64);
     }
 
-    /// A request for a certificate ended (`ok`, `failed`).
-    pub fn identity_renewed(&self, result: &'static str) {
-        self.identity_renewals.with(&[result]).inc();
+    /// So many requests for a certificate ended (`ok`, `failed`).
+    pub fn identity_renewed(&self, result: &'static str, count: u64) {
+        self.identity_renewals.with(&[result]).inc_by(count);
     }
 
     /// A change of policy was read (`ok`, `refused`).

@@ -33,8 +33,8 @@ fn busy() -> Metrics {
     metrics.detected(Protocol::Tls);
     metrics.plaintext_caller("::ffff:10.0.0.7".parse().unwrap());
     metrics.dns_query("virtual");
-    metrics.certificate_expires(UNIX_EPOCH + Duration::from_secs(1_800_000_000));
-    metrics.identity_renewed("ok");
+    metrics.certificate_expires(Some(UNIX_EPOCH + Duration::from_secs(1_800_000_000)));
+    metrics.identity_renewed("ok", 3);
     metrics.config_reloaded("refused");
     metrics.spans_sent(4);
     metrics.spans_dropped("queue_full", 2);
@@ -63,6 +63,8 @@ fn what_was_counted_is_exposed() {
         "weft_endpoints{service=\"orders\",state=\"ready\"} 3",
         "weft_plaintext_callers_total{address=\"10.0.0.7\"} 1",
         "weft_certificate_expiry_seconds 1800000000",
+        "weft_identity_renewals_total{result=\"ok\"} 3",
+        "weft_identity_renewals_total{result=\"failed\"} 0",
         "weft_spans_dropped_total{reason=\"queue_full\"} 2",
         "weft_build_info{version=",
         "process_resident_memory_bytes ",
