@@ -8,6 +8,8 @@ mod change;
 mod claims;
 #[path = "trust/ending.rs"]
 mod ending;
+#[path = "trust/names.rs"]
+mod names;
 #[path = "trust/outbound.rs"]
 mod outbound;
 #[path = "trust/reach.rs"]

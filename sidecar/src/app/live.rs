@@ -1,6 +1,11 @@
 //! Running: everything started in the order in which the sidecar becomes ready, then the wait for a reason to end.
 
-use std::{sync::Arc, thread, time::Duration};
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    thread,
+    time::Duration,
+};
 
 use anyhow::Result;
 use tokio::{
@@ -41,7 +46,12 @@ impl Parts {
         for (number, listeners) in workers.into_iter().enumerate() {
             let (shared, delivery, drainings) = (shared.clone(), delivery.clone(), drainings.clone());
             let thread = thread::Builder::new().name(format!("worker-{number}"));
-            threads.push(thread.spawn(move || worker::run(&shared, listeners, delivery, drainings))?);
+            threads.push(thread.spawn(move || {
+                let running = AssertUnwindSafe(|| worker::run(&shared, listeners, delivery, drainings));
+                if catch_unwind(running).is_err() {
+                    shared.tasks.fail("worker", "it ended with a panic, a bug of ours");
+                }
+            })?);
         }
         drop(drainings);
         shared.conditions.serving.set(true);

@@ -1,4 +1,4 @@
-//! The tasks of the control thread. None of them is meant to panic; one that does must not leave a sidecar behind that
+//! The tasks of the control thread, and the workers. None of them is meant to panic; one that does must not leave a sidecar behind that
 //! runs on with names, endpoints or certificates of yesterday: the log says which it was, and where the sidecar cannot
 //! do without it, it drains and ends with an error, for whoever started it to start it again.
 

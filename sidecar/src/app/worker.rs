@@ -30,7 +30,7 @@ pub(super) struct Listeners {
 pub(super) fn run(shared: &Arc<Shared>, listeners: Listeners, delivery: Delivery, drainings: Drainings) {
     let runtime = match runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return tracing::error!(%error, "a worker cannot start"),
+        Err(error) => return shared.tasks.fail("worker", &format!("it cannot start: {error}")),
     };
     runtime.block_on(carry(shared, listeners, delivery, drainings));
 }
@@ -73,6 +73,18 @@ async fn carry(shared: &Arc<Shared>, listeners: Listeners, delivery: Delivery, d
     }
     // Held by the loops and their connections from here on: a group has drained when the last of them is gone.
     drop((inbound_draining, outbound_draining));
+    let dead = async {
+        while let Some(ended) = loops.join_next().await {
+            if ended.is_err() {
+                return;
+            }
+        }
+        std::future::pending().await
+    };
+    tokio::select! {
+        () = end.started() => return,
+        () = dead => shared.tasks.fail("accept loop", "it ended with a panic, a bug of ours"),
+    }
     end.started().await;
 }
 
