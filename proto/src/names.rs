@@ -31,8 +31,6 @@ pub const HEADER_PREFIX: &str = "x-weft-";
 pub const HEADER_FAILURE: &str = "x-weft-failure";
 /// Milliseconds that the caller still waits.
 pub const HEADER_DEADLINE: &str = "x-weft-deadline";
-/// The number of this attempt, counted from 1.
-pub const HEADER_ATTEMPT: &str = "x-weft-attempt";
 /// What the app spoke before the request was carried as HTTP/2: `h1` or `h2`.
 pub const HEADER_PROTOCOL: &str = "x-weft-protocol";
 

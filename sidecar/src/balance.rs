@@ -25,14 +25,27 @@ pub struct Balancer {
     endpoints: Arc<Mutex<Endpoints>>,
 }
 
-/// An endpoint chosen for one attempt. It counts as in flight until this is dropped; dropped without a verdict
-/// (the client went away, or its time was over) it counts neither as success nor as failure, but as slow.
+/// An endpoint chosen for one attempt, which counts as in flight until this is dropped. The latency is taken when the
+/// head of the answer comes; success or failure is known when the answer has ended. Dropped before (the client went
+/// away, or its time was over) the attempt is neither; dropped before the head, it counts as slow.
 #[derive(Debug)]
 pub struct Picked {
     endpoints: Arc<Mutex<Endpoints>>,
     ticket: Ticket,
-    succeeded: bool,
-    failed: bool,
+    stage: Stage,
+}
+
+/// How far an attempt has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Nothing has come.
+    Sent,
+    /// The head of an answer that was no failure so far.
+    Answered,
+    /// It is known to be a success or a failure, and may still go on.
+    Judged,
+    /// It is no longer in flight.
+    Ended,
 }
 
 /// An endpoint was put out by its breaker.
@@ -87,7 +100,7 @@ impl Balancer {
     }
 
     fn picked(&self, ticket: Ticket) -> Picked {
-        Picked { endpoints: Arc::clone(&self.endpoints), ticket, succeeded: false, failed: false }
+        Picked { endpoints: Arc::clone(&self.endpoints), ticket, stage: Stage::Sent }
     }
 
     /// Counts an attempt at this endpoint and no other, where the app dialled it by its own address. None where
@@ -115,25 +128,53 @@ impl Picked {
         self.ticket.address
     }
 
-    /// The head of the answer came, and is no failure of the endpoint. The attempt stays in flight until this is
-    /// dropped. Only the first call counts.
+    /// The head of the answer came, and is no failure of the endpoint: this is its latency. What follows the head may
+    /// still fail.
+    pub fn answered(&mut self, now: Instant) {
+        if self.stage == Stage::Sent {
+            self.stage = Stage::Answered;
+            lock(&self.endpoints).answered(self.ticket, now);
+        }
+    }
+
+    /// The endpoint did what was asked of it, though the attempt goes on (bytes on an open connection): it stays in
+    /// flight until this is dropped. Does nothing where the attempt was judged before.
     pub fn succeeded(&mut self, now: Instant) {
-        if !self.succeeded {
-            self.succeeded = true;
+        self.answered(now);
+        if self.stage == Stage::Answered {
+            self.stage = Stage::Judged;
             lock(&self.endpoints).succeeded(self.ticket, now);
         }
     }
 
-    /// The endpoint failed, perhaps in the middle of its answer. Says whether that put it out.
+    /// The answer has ended, and all of it was no failure of the endpoint; does not undo one that was told before.
+    pub fn completed(mut self, now: Instant) {
+        if self.stage == Stage::Answered {
+            self.stage = Stage::Ended;
+            lock(&self.endpoints).completed(self.ticket, now);
+        }
+    }
+
+    /// The endpoint failed, perhaps in the middle of its answer. Says whether that put it out. Does nothing where the
+    /// attempt was judged before.
     pub fn failed(&mut self, now: Instant) -> Option<Ejection> {
-        self.failed = true;
-        lock(&self.endpoints).failed(self.ticket, now)
+        let has_answered = match self.stage {
+            Stage::Sent => false,
+            Stage::Answered => true,
+            Stage::Judged | Stage::Ended => return None,
+        };
+        self.stage = Stage::Judged;
+        lock(&self.endpoints).failed(self.ticket, has_answered, now)
     }
 }
 
 impl Drop for Picked {
     fn drop(&mut self) {
-        let given_up = (!self.succeeded && !self.failed).then(Instant::now);
+        let given_up = match self.stage {
+            Stage::Sent => Some(Instant::now()),
+            Stage::Answered | Stage::Judged => None,
+            Stage::Ended => return,
+        };
         lock(&self.endpoints).done(self.ticket, given_up);
     }
 }

@@ -14,9 +14,9 @@ mod upload;
 mod waiting;
 
 pub use body::{Body, BodyEnd, Ended};
-pub use observe::{begin_answer, end_answer};
+pub use observe::{begin_answer, end_answer, end_speaks_against_endpoint};
 pub use replay::Replay;
 pub use respond::{answer, refuse_stream};
 pub use server::{HttpLimits, SIDECAR_FIELDS, serve};
 pub use upgrade::{Upgrade, Upgraded, frame_for_upgrade, left_http, wants_upgrade};
-pub use upload::{is_malformed, upload};
+pub use upload::{Sending, is_malformed, upload};

@@ -172,7 +172,8 @@ fn balancer_attempt(bencher: Bencher, count: u32) {
     bencher.bench_local(|| {
         let mut picked = balancer.pick(&[], now).expect("an endpoint");
         now += Duration::from_micros(100);
-        picked.succeeded(now);
+        picked.answered(now);
+        picked.completed(now);
     });
 }
 

@@ -127,9 +127,9 @@ async fn count_endpoints(shared: Arc<Shared>) {
     loop {
         for upstream in shared.upstreams.all() {
             let conditions = upstream.balancer.conditions(Instant::now());
-            for (condition, label) in CONDITIONS {
+            for condition in Condition::ALL {
                 let count = conditions.iter().filter(|one| **one == condition).count();
-                shared.telemetry.metrics().endpoints(upstream.name().as_str(), label, count);
+                shared.telemetry.metrics().endpoints(upstream.name().as_str(), condition.label(), count);
             }
         }
         sleep(COUNT_ENDPOINTS).await;
@@ -138,8 +138,6 @@ async fn count_endpoints(shared: Arc<Shared>) {
 
 /// How often endpoints are counted for the metrics.
 const COUNT_ENDPOINTS: Duration = Duration::from_secs(2);
-const CONDITIONS: [(Condition, &str); 3] =
-    [(Condition::Closed, "ready"), (Condition::Ejected, "ejected"), (Condition::HalfOpen, "probing")];
 
 /// Keeps a sender alive, so that whoever watches goes on waiting.
 async fn keep<Sender>(sender: Sender) {

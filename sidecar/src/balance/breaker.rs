@@ -21,6 +21,20 @@ pub enum Condition {
     HalfOpen,
 }
 
+impl Condition {
+    /// All of them.
+    pub const ALL: [Condition; 3] = [Condition::Closed, Condition::Ejected, Condition::HalfOpen];
+
+    /// The word for metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Condition::Closed => "ready",
+            Condition::Ejected => "ejected",
+            Condition::HalfOpen => "probing",
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct State {
     failures: u32,
@@ -35,14 +49,31 @@ pub(super) struct State {
 struct Out {
     since: Instant,
     until: Instant,
-    /// Since when a probe is under way.
-    probing: Option<Instant>,
+    /// The probe that is under way.
+    probe: Option<Probe>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Probe {
+    since: Instant,
+    /// Its answer has begun, and is no failure so far.
+    has_answered: bool,
 }
 
 impl Out {
-    /// A probe that takes longer than the ejection took (a stream without an answer yet) holds up no other.
+    /// A probe that takes longer than the ejection took (no answer yet, or one without an end) holds up no other.
     fn is_probed(&self, now: Instant) -> bool {
-        self.probing.is_some_and(|since| now < since + (self.until - self.since))
+        self.probe.is_some_and(|probe| now < probe.since + self.lasted())
+    }
+
+    /// An answer that has gone on for as long as the endpoint was out is as good as one that has ended: there are
+    /// streams without an end.
+    fn has_proved_itself(&self, now: Instant) -> bool {
+        self.probe.is_some_and(|probe| probe.has_answered && now >= probe.since + self.lasted())
+    }
+
+    fn lasted(&self) -> Duration {
+        self.until - self.since
     }
 }
 
@@ -71,17 +102,34 @@ impl State {
 
     /// A request is sent there. Says whether it is the probe.
     pub(super) fn chosen(&mut self, now: Instant) -> bool {
+        if self.out.is_some_and(|out| out.has_proved_itself(now)) {
+            self.close(now);
+        }
         let is_probe = self.out.is_some() && self.is_usable(now);
-        if let Some(out) = &mut self.out {
-            out.probing = if is_probe { Some(now) } else { out.probing };
+        if let Some(out) = self.out.as_mut().filter(|_| is_probe) {
+            out.probe = Some(Probe { since: now, has_answered: false });
         }
         is_probe
+    }
+
+    /// The answer of the probe has begun.
+    pub(super) fn probe_answered(&mut self) {
+        if let Some(probe) = self.out.as_mut().and_then(|out| out.probe.as_mut()) {
+            probe.has_answered = true;
+        }
     }
 
     /// The probe is over, with a verdict or without.
     pub(super) fn probe_ended(&mut self) {
         if let Some(out) = &mut self.out {
-            out.probing = None;
+            out.probe = None;
+        }
+    }
+
+    fn close(&mut self, now: Instant) {
+        self.failures = 0;
+        if self.out.take().is_some() {
+            self.recovered = Some(now);
         }
     }
 
@@ -90,10 +138,7 @@ impl State {
         if self.out.is_some_and(|out| started < out.since) {
             return;
         }
-        self.failures = 0;
-        if self.out.take().is_some() {
-            self.recovered = Some(now);
-        }
+        self.close(now);
     }
 
     /// A request sent at `started` failed. `may_eject` says whether the service can spare one more endpoint.
@@ -123,7 +168,7 @@ impl State {
         let relapse = self.recovered.is_some_and(|at| now < at + policy.ejection_max);
         self.ejections = if was_out || relapse { self.ejections.saturating_add(1) } else { 1 };
         let lasts = ejection(policy, self.ejections, random);
-        self.out = Some(Out { since: now, until: now + lasts, probing: None });
+        self.out = Some(Out { since: now, until: now + lasts, probe: None });
         Some((lasts, self.ejections))
     }
 }

@@ -146,24 +146,43 @@ impl Endpoints {
         Some(self.entries[at].send(now))
     }
 
-    pub(super) fn succeeded(&mut self, ticket: Ticket, now: Instant) {
+    pub(super) fn answered(&mut self, ticket: Ticket, now: Instant) {
         if let Some(entry) = self.entry(ticket) {
             entry.load.observe(ticket.latency(now), now);
+            if ticket.is_probe {
+                entry.breaker.probe_answered();
+            }
+        }
+    }
+
+    pub(super) fn succeeded(&mut self, ticket: Ticket, now: Instant) {
+        if let Some(entry) = self.entry(ticket) {
             entry.breaker.succeeded(ticket.started, now);
         }
     }
 
-    pub(super) fn failed(&mut self, ticket: Ticket, now: Instant) -> Option<Ejection> {
+    /// Succeeded, and over.
+    pub(super) fn completed(&mut self, ticket: Ticket, now: Instant) {
+        if let Some(entry) = self.entry(ticket) {
+            entry.breaker.succeeded(ticket.started, now);
+            entry.over(ticket);
+        }
+    }
+
+    /// `has_answered`: its latency is known from the head; how long a body went on is none.
+    pub(super) fn failed(&mut self, ticket: Ticket, has_answered: bool, now: Instant) -> Option<Ejection> {
         let may_eject = self.can_spare_one_more();
         let policy = self.policy.clone();
         let mut random = self.random.fork();
         let entry = self.entry(ticket)?;
-        entry.load.observe_at_least(ticket.latency(now), now);
+        if !has_answered {
+            entry.load.observe_at_least(ticket.latency(now), now);
+        }
         let (lasts, count) = entry.breaker.failed(&policy, may_eject, &mut random, ticket.started, now)?;
         Some(Ejection { address: ticket.address, lasts, count })
     }
 
-    /// `given_up`: when it was, where no verdict came. An endpoint that answers nobody would look idle otherwise, and
+    /// `given_up`: when it was, where no head of an answer came. An endpoint that answers nobody would look idle otherwise, and
     /// be chosen again and again.
     pub(super) fn done(&mut self, ticket: Ticket, given_up: Option<Instant>) {
         if let Some(entry) = self.entry(ticket) {
@@ -171,10 +190,7 @@ impl Endpoints {
             if let Some((waited, now)) = waited.filter(|(waited, _)| *waited >= WAITED) {
                 entry.load.observe_at_least(waited, now);
             }
-            entry.in_flight = entry.in_flight.saturating_sub(1);
-            if ticket.is_probe {
-                entry.breaker.probe_ended();
-            }
+            entry.over(ticket);
         }
     }
 
@@ -287,6 +303,13 @@ impl Entry {
         self.in_flight += 1;
         let is_probe = self.breaker.chosen(now);
         Ticket { address: self.address, serial: self.serial, started: now, is_probe }
+    }
+
+    fn over(&mut self, ticket: Ticket) {
+        self.in_flight = self.in_flight.saturating_sub(1);
+        if ticket.is_probe {
+            self.breaker.probe_ended();
+        }
     }
 
     fn suits(&self, suitable: Suitable, avoid: &[SocketAddr], now: Instant) -> bool {

@@ -221,6 +221,93 @@ fn an_endpoint_that_fails_is_put_out_probed_and_taken_back() {
     assert_eq!(conditions(&balancer, later), [Condition::Closed, Condition::Closed]);
 }
 
+/// An attempt whose answer has begun.
+fn answered(balancer: &Balancer, wanted: SocketAddr, now: Instant) -> Picked {
+    let mut picked = balancer.pick_only(wanted, now).expect("in the set");
+    picked.answered(now + Duration::from_millis(5));
+    picked
+}
+
+#[test]
+fn answers_that_break_off_put_an_endpoint_out_and_whole_ones_do_not() {
+    let now = Instant::now();
+    let balancer = balancer(&[100; 2]);
+    for _ in 0..POLICY.consecutive_failures - 1 {
+        assert_eq!(answered(&balancer, address(1), now).failed(now), None);
+    }
+    answered(&balancer, address(1), now).completed(now);
+    assert_eq!(balancer.states(now)[0].failures, 0, "a whole answer between them");
+    let broken = (0..POLICY.consecutive_failures).map(|_| answered(&balancer, address(1), now).failed(now));
+    assert_eq!(broken.flatten().count(), 1);
+    assert_eq!(conditions(&balancer, now), [Condition::Ejected, Condition::Closed]);
+    assert!(balancer.states(now).iter().all(|state| state.in_flight == 0));
+}
+
+#[test]
+fn an_answer_that_its_client_leaves_is_neither_success_nor_failure() {
+    let now = Instant::now();
+    let balancer = balancer(&[100; 2]);
+    let later = now + Duration::from_secs(3600);
+    for _ in 0..POLICY.consecutive_failures - 1 {
+        answered(&balancer, address(1), now).failed(now);
+    }
+    for _ in 0..10 {
+        drop(answered(&balancer, address(1), now));
+    }
+    assert_eq!(balancer.states(later)[0].failures, POLICY.consecutive_failures - 1);
+    assert!(answered(&balancer, address(1), now).failed(now).is_some());
+}
+
+#[test]
+fn the_latency_is_that_of_the_head() {
+    let now = Instant::now();
+    let balancer = balancer(&[100; 2]);
+    let much_later = now + Duration::from_secs(3600);
+    answered(&balancer, address(1), now).completed(much_later);
+    answered(&balancer, address(2), now).failed(much_later);
+    for state in balancer.states(now + Duration::from_millis(5)) {
+        assert!((state.load - 0.005).abs() < 1e-9, "{state:?}");
+    }
+}
+
+#[test]
+fn a_failure_is_told_once_and_not_taken_back() {
+    let now = Instant::now();
+    let balancer = balancer(&[100; 2]);
+    let mut bad_head = balancer.pick_only(address(1), now).unwrap();
+    bad_head.failed(now);
+    assert_eq!(bad_head.failed(now), None);
+    assert_eq!(balancer.states(now)[0].failures, 1);
+    assert_eq!(balancer.states(now)[0].in_flight, 1, "its answer goes on");
+    bad_head.completed(now);
+    assert_eq!((balancer.states(now)[0].failures, balancer.states(now)[0].in_flight), (1, 0));
+}
+
+#[test]
+fn a_probe_is_judged_by_its_end_and_a_stream_by_its_length() {
+    let now = Instant::now();
+    let balancer = balancer(&[100; 2]);
+    let first = eject(&balancer, address(1), now).unwrap();
+    let back = now + first.lasts;
+    let probe = |now: Instant| {
+        let mut probe = balancer.pick(&[], now).unwrap();
+        assert_eq!(probe.address(), address(1), "the next request is the probe");
+        probe.answered(now);
+        probe
+    };
+    let second = probe(back).failed(back).expect("a good head, and then it broke off");
+    let back = back + second.lasts;
+    drop(probe(back));
+    assert_eq!(conditions(&balancer, back)[0], Condition::HalfOpen, "its client went away");
+    let stream = probe(back);
+    assert_eq!(balancer.pick(&[], back).unwrap().address(), address(2), "one at a time");
+    let later = back + second.lasts;
+    assert_eq!(balancer.pick(&[], later).unwrap().address(), address(1), "the stream goes on");
+    assert_eq!(conditions(&balancer, later)[0], Condition::Closed);
+    drop(stream);
+    assert_eq!(conditions(&balancer, later)[0], Condition::Closed);
+}
+
 #[test]
 fn a_retry_goes_elsewhere_and_is_no_probe_if_it_can_be_helped() {
     let now = Instant::now();
@@ -276,7 +363,7 @@ fn when_all_are_out_all_are_tried_and_a_success_counts() {
     let mut picked = balancer.pick(&[], now).unwrap();
     assert_eq!(picked.address(), address(1));
     assert_eq!(picked.failed(now), None);
-    picked.succeeded(now);
+    balancer.pick(&[], now).unwrap().succeeded(now);
     assert_eq!(conditions(&balancer, now), [Condition::Closed]);
 }
 

@@ -118,8 +118,7 @@ impl Pool {
                 Failed::new(Failure::ConnectTimeout, detail)
             })?;
             let outcome = outcome.ok().and_then(|outcome| outcome.clone());
-            outcome
-                .unwrap_or_else(|| Err(Failed::new(Failure::Internal, "a dial ended without an outcome")))?;
+            outcome.unwrap_or_else(|| Err(dial_panicked(key.address)))?;
         }
     }
 
@@ -146,7 +145,7 @@ impl Pool {
             let detail = format!("{}: it closes the connection before it takes a call", key.address);
             return Err(Failed::new(Failure::ConnectRefused, detail));
         }
-        if let Some(dialing) = &shelf.dialing {
+        if let Some(dialing) = shelf.dial() {
             return Ok(Err(dialing.clone()));
         }
         if shelf.http2.len() >= CONNECTIONS_PER_KEY {
@@ -265,6 +264,10 @@ impl Pool {
 pub async fn one_off(connector: &Connector, key: &Key, limit: Duration) -> Result<Lease> {
     let connection = open_http1(connector, key, limit, None).await?;
     Ok(Lease { connection: Connection::Http1(connection, None), reused: false })
+}
+
+fn dial_panicked(address: SocketAddr) -> Failed {
+    Failed::new(Failure::Internal, format!("{address}: the task that dialled it ended with a panic"))
 }
 
 fn silent(address: SocketAddr) -> Failed {

@@ -13,7 +13,13 @@ use http_body::{Frame, SizeHint};
 use hyper::{Response, body::Incoming, header::HeaderMap};
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::{headers::GRPC_STATUS, received::Received, replay::ReplayBody, streams::InFlight, upload::Rest};
+use super::{
+    headers::GRPC_STATUS,
+    received::Received,
+    replay::ReplayBody,
+    streams::InFlight,
+    upload::{Rest, Sending},
+};
 use crate::telemetry::ByteCount;
 
 /// What a body reports when its source fails. A server that gets it cuts the connection or resets the stream,
@@ -30,6 +36,9 @@ pub struct Body {
     observer: Option<Observer>,
     in_flight: Option<InFlight>,
 }
+
+/// What a body reports that is broken off at its time.
+pub(super) const TIME_OVER: &str = "the deadline of the request is over";
 
 /// Called once, when the body has ended.
 type Observer = Box<dyn FnOnce(&Ended) + Send>;
@@ -60,6 +69,8 @@ pub enum BodyEnd {
     Complete,
     /// Its source broke off, with the reason.
     Cut(String),
+    /// It was broken off at the time set by [`Body::until`].
+    TimeOver,
     /// Its reader went away.
     Abandoned,
 }
@@ -81,6 +92,14 @@ impl Body {
         let (head, stream) = answer.into_parts();
         let body = Body::of(Source::Received(Received::new(&head.headers, stream, rest)));
         Response::from_parts(head, body)
+    }
+
+    /// What is still on its way of the request whose answer this is.
+    pub fn sending(&self) -> Option<Sending> {
+        match &self.source {
+            Source::Received(received) => received.sending(),
+            _ => None,
+        }
     }
 
     /// Drops the body of an answer that is not wanted, with what is still on its way of the request.
@@ -191,11 +210,8 @@ impl http_body::Body for Body {
         // Asked first: where the reader is slow, the source may always have something.
         let is_over =
             self.deadline.as_mut().is_some_and(|deadline| deadline.as_mut().poll(context).is_ready());
-        let mut polled = if is_over {
-            Some(Err("the deadline of the request is over".into()))
-        } else {
-            ready!(self.source.poll(context))
-        };
+        let mut polled =
+            if is_over { Some(Err(TIME_OVER.into())) } else { ready!(self.source.poll(context)) };
         if let Some(Ok(frame)) = &mut polled
             && let Some(trailers) = frame.trailers_mut()
         {
@@ -215,6 +231,7 @@ impl http_body::Body for Body {
                     self.ended(BodyEnd::Complete);
                 }
             }
+            Some(Err(_)) if is_over => self.ended(BodyEnd::TimeOver),
             Some(Err(error)) => {
                 let reason = error.to_string();
                 self.ended(BodyEnd::Cut(reason));

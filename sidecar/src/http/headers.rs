@@ -23,8 +23,6 @@ pub const GRPC_RETRY_PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-
 pub const PROTOCOL: HeaderName = HeaderName::from_static(names::HEADER_PROTOCOL);
 /// How long the caller waits.
 pub const DEADLINE: HeaderName = HeaderName::from_static(names::HEADER_DEADLINE);
-/// Which attempt of the caller's sidecar this is.
-pub const ATTEMPT: HeaderName = HeaderName::from_static(names::HEADER_ATTEMPT);
 /// The label of a failure of the mesh.
 pub const FAILURE: HeaderName = HeaderName::from_static(names::HEADER_FAILURE);
 

@@ -2,9 +2,10 @@
 
 use hyper::http::response::Parts;
 
-use super::body::{BodyEnd, Ended, grpc_status};
+use super::body::{BodyEnd, Ended, TIME_OVER, grpc_status};
 use crate::{
     model::{Failed, Failure},
+    policy::response::GrpcStatus,
     telemetry::Record,
 };
 
@@ -25,7 +26,39 @@ pub fn end_answer(record: &mut Record, ended: &Ended) {
     match &ended.how {
         BodyEnd::Complete => record.complete(),
         BodyEnd::Cut(reason) => record.fail(Failed::new(Failure::BodyCut, reason.clone())),
+        BodyEnd::TimeOver => record.fail(Failed::new(Failure::BodyCut, TIME_OVER)),
         // The record knows whether its client left or we cut the connection.
         BodyEnd::Abandoned => {}
+    }
+}
+
+/// Does what came after a good head speak against the endpoint that sent it? None where it says nothing of it: the reader
+/// of the answer went away, or the time of the request was over.
+pub fn end_speaks_against_endpoint(ended: &Ended) -> Option<bool> {
+    match &ended.how {
+        BodyEnd::Complete => {
+            let status = ended.grpc_status.map(GrpcStatus::from_code);
+            Some(status.is_some_and(GrpcStatus::speaks_against_endpoint))
+        }
+        BodyEnd::Cut(_) => Some(true),
+        BodyEnd::TimeOver | BodyEnd::Abandoned => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_endpoint_is_judged_by_the_end_of_its_answer() {
+        let end = |grpc_status, how| end_speaks_against_endpoint(&Ended { bytes: 1, grpc_status, how });
+        assert_eq!(end(None, BodyEnd::Complete), Some(false));
+        for (code, expected) in [(0, false), (2, false), (4, true), (5, false), (13, true), (14, true)] {
+            assert_eq!(end(Some(code), BodyEnd::Complete), Some(expected), "{code}");
+        }
+        assert_eq!(end(Some(999), BodyEnd::Complete), Some(false));
+        assert_eq!(end(None, BodyEnd::Cut("reset".into())), Some(true));
+        assert_eq!(end(Some(0), BodyEnd::TimeOver), None);
+        assert_eq!(end(Some(14), BodyEnd::Abandoned), None);
     }
 }

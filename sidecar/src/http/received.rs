@@ -7,7 +7,10 @@ use h2::{Reason, RecvStream};
 use http_body::{Frame, SizeHint};
 use hyper::{HeaderMap, header::CONTENT_LENGTH};
 
-use super::{body::BodyError, upload::Rest};
+use super::{
+    body::BodyError,
+    upload::{Rest, Sending},
+};
 
 /// What comes on a stream after its head.
 pub(super) struct Received {
@@ -56,6 +59,11 @@ impl Received {
     /// Neither the answer nor the rest of its request is wanted.
     pub(super) fn abandon(mut self) {
         self.rest = None;
+    }
+
+    /// The rest of the request, where there is one.
+    pub(super) fn sending(&self) -> Option<Sending> {
+        self.rest.as_ref()?.sending()
     }
 
     pub(super) fn is_end(&self) -> bool {

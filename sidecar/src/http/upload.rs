@@ -31,6 +31,11 @@ pub async fn upload(stream: SendStream<Bytes>, body: Body) -> Option<Rest> {
 pub struct Rest(Option<AbortHandle>);
 
 impl Rest {
+    /// To ask later whether it has ended.
+    pub(super) fn sending(&self) -> Option<Sending> {
+        self.0.clone().map(Sending)
+    }
+
     /// Lets it go on by itself: an answer may end before its request does.
     pub(super) fn goes_on(mut self) {
         self.0 = None;
@@ -42,6 +47,16 @@ impl Drop for Rest {
         if let Some(task) = &self.0 {
             task.abort();
         }
+    }
+}
+
+/// A request of which something is on its way, perhaps after its answer has ended. It keeps its stream until then.
+pub struct Sending(AbortHandle);
+
+impl Sending {
+    /// All of it was sent, or nothing more can be.
+    pub fn is_over(&self) -> bool {
+        self.0.is_finished()
     }
 }
 

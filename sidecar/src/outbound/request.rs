@@ -18,12 +18,12 @@ use super::{Known, Outbound, Target, Upstream};
 use crate::{
     balance::Picked,
     connect::{self, InUse, Key, Lease, Security, SendFailed},
-    http::{self, Body, BodyEnd, Replay, Upgrade, headers, left_http},
+    http::{self, Body, BodyEnd, Ended, Replay, Upgrade, headers, left_http},
     inbound::{Arrival, Caller},
     model::{Failed, Failure, HttpVersion, Protocol, Result},
     policy::{
         deadline::Deadline,
-        response::{GrpcStatus, failure_speaks_against_endpoint, speaks_against_endpoint},
+        response::{GrpcStatus, failure_speaks_against_endpoint, head_speaks_against_endpoint},
         retry::{self, Outcome, Refusal, Verdict},
     },
     telemetry::{Cut, Record, TraceContext},
@@ -136,15 +136,12 @@ impl Outbound {
             let endpoint = picked.address();
             let span = record.attempt(endpoint, why);
             let result = self.attempt(call, endpoint, record, &span).await;
-            self.settle(call, &mut picked, record, &result);
+            settle(call, &mut picked, record, &result);
             match call.again(&result, record.attempts()) {
                 Verdict::Again { reason, after } => {
                     tried.push(endpoint);
                     why = Some(reason.label());
-                    if let Ok((response, _)) = result {
-                        response.into_body().abandon();
-                    }
-                    drop(picked);
+                    give_up(result, picked);
                     sleep(after).await;
                 }
                 Verdict::No { reason } => {
@@ -162,37 +159,6 @@ impl Outbound {
                     });
                 }
             }
-        }
-    }
-
-    /// Tells the endpoint's state and the attempt's span how it went.
-    fn settle(&self, call: &Call<'_>, picked: &mut Picked, record: &mut Record, result: &Attempted) {
-        let against = match result {
-            Ok((response, in_use)) => {
-                record.attempt_answered(response.status().as_u16());
-                record.peer(in_use.as_ref().and_then(InUse::peer).map(VerifiedPeer::id));
-                !call.is_plain_success(response) && {
-                    let grpc =
-                        headers::text(response.headers(), &headers::GRPC_STATUS).map(GrpcStatus::parse);
-                    let failure = call.mesh_failure(response);
-                    failure.is_some_and(failure_speaks_against_endpoint)
-                        || speaks_against_endpoint(response.status().as_u16(), grpc)
-                }
-            }
-            Err(failed) => {
-                record.attempt_failed(&failed.failed);
-                if !failure_speaks_against_endpoint(failed.failed.failure) {
-                    return;
-                }
-                true
-            }
-        };
-        if !against {
-            picked.succeeded(Instant::now());
-        } else if let Some(ejection) = picked.failed(Instant::now()) {
-            self.telemetry.metrics().ejected(call.upstream.name().as_str());
-            let lasts = humantime::format_duration(ejection.lasts);
-            tracing::warn!(service = %call.upstream.name(), endpoint = %ejection.address, %lasts, "endpoint ejected");
         }
     }
 
@@ -300,10 +266,10 @@ impl Outbound {
             }
             record.attempt_failed(failed);
         })?;
-        picked.succeeded(Instant::now());
         record.attempt_answered(response.status().as_u16());
         record.peer(in_use.peer().map(VerifiedPeer::id));
         if left_http(&method, response.status()) {
+            picked.succeeded(Instant::now());
             let server = hyper::upgrade::on(&mut response);
             upgrade.agreed(client, server, in_use.peer().cloned());
             return Ok(Answered {
@@ -313,6 +279,11 @@ impl Outbound {
                 deadline: None,
                 left_http: true,
             });
+        }
+        let status = response.status().as_u16();
+        match head_speaks_against_endpoint(mesh_failure(&response, known), status, None) {
+            true => failed(&mut picked, record),
+            false => picked.answered(Instant::now()),
         }
         Ok(Answered {
             response,
@@ -342,10 +313,6 @@ impl Outbound {
 }
 
 impl Call<'_> {
-    fn is_mesh(&self) -> bool {
-        matches!(self.known.security, Security::Mesh(_))
-    }
-
     /// The request as this attempt sends it.
     fn request(&self, record: &Record, span: &TraceContext, now: Instant) -> Request<Body> {
         let mut request = Request::from_parts(self.head.clone(), self.body.begin());
@@ -355,23 +322,22 @@ impl Call<'_> {
         if let Some(timeout) = timeout.and_then(headers::passing) {
             head.insert(headers::GRPC_TIMEOUT, timeout);
         }
-        if self.is_mesh() {
+        if self.known.is_mesh() {
             head.insert(headers::PROTOCOL, protocol_name(self.spoken));
             if let Some(deadline) = self.deadline.weft_header(now).and_then(headers::passing) {
                 head.insert(headers::DEADLINE, deadline);
-            }
-            if record.attempts() > 1 {
-                head.insert(headers::ATTEMPT, record.attempts().into());
             }
         }
         request
     }
 
-    /// The label that a sidecar put on an answer of its own. Nobody else is believed.
-    fn mesh_failure<B>(&self, response: &Response<B>) -> Option<Failure> {
-        headers::text(response.headers(), &headers::FAILURE)
-            .filter(|_| self.is_mesh())
-            .and_then(Failure::from_label)
+    /// Does the head of an answer speak against the endpoint? What comes after a good one may still do so.
+    fn speaks_against_endpoint<B>(&self, response: &Response<B>) -> bool {
+        !self.is_plain_success(response) && {
+            let grpc = headers::text(response.headers(), &headers::GRPC_STATUS).map(GrpcStatus::parse);
+            let label = mesh_failure(response, self.known);
+            head_speaks_against_endpoint(label, response.status().as_u16(), grpc)
+        }
     }
 
     /// A success whose other fields need no look: outside gRPC, the status says it all.
@@ -389,7 +355,7 @@ impl Call<'_> {
             Err(failed) => {
                 Outcome::Failed { failure: failed.failed.failure, unprocessed: failed.nothing_processed }
             }
-            Ok((response, _)) => match self.mesh_failure(response) {
+            Ok((response, _)) => match mesh_failure(response, self.known) {
                 Some(failure) if failure.is_transport() => {
                     Outcome::Failed { failure, unprocessed: failure.nothing_processed() }
                 }
@@ -405,7 +371,6 @@ impl Call<'_> {
             method: self.head.method.as_str(),
             outcome,
             replayable: self.body.can_begin(),
-            attempt_above: 1,
             remaining: self.deadline.remaining(now),
         };
         let retries = &self.known.policy.retries;
@@ -416,6 +381,63 @@ impl Call<'_> {
             Verdict::Again { .. } if !self.body.take_back() => Verdict::No { reason: Refusal::Body },
             verdict => verdict,
         }
+    }
+}
+
+/// The label that a sidecar put on an answer of its own. Nobody else is believed.
+fn mesh_failure<B>(response: &Response<B>, known: &Known) -> Option<Failure> {
+    let label = headers::text(response.headers(), &headers::FAILURE).filter(|_| known.is_mesh());
+    label.and_then(Failure::from_label)
+}
+
+/// Tells the endpoint's state and the attempt's span how it went so far.
+fn settle(call: &Call<'_>, picked: &mut Picked, record: &mut Record, result: &Attempted) {
+    match result {
+        Ok((response, in_use)) => {
+            record.attempt_answered(response.status().as_u16());
+            record.peer(in_use.as_ref().and_then(InUse::peer).map(VerifiedPeer::id));
+            match call.speaks_against_endpoint(response) {
+                true => failed(picked, record),
+                false => picked.answered(Instant::now()),
+            }
+        }
+        Err(error) => {
+            record.attempt_failed(&error.failed);
+            if failure_speaks_against_endpoint(error.failed.failure) {
+                failed(picked, record);
+            }
+        }
+    }
+}
+
+/// The endpoint failed.
+fn failed(picked: &mut Picked, record: &Record) {
+    if let Some(ejection) = picked.failed(Instant::now()) {
+        let (service, endpoint) = (record.handles().service(), ejection.address);
+        record.telemetry().metrics().ejected(service);
+        let lasts = humantime::format_duration(ejection.lasts);
+        tracing::warn!(%service, %endpoint, %lasts, "endpoint ejected");
+    }
+}
+
+/// Another attempt is made: nothing of this one is kept during the pause before it. An answer that is not read to its end
+/// is judged by its head.
+fn give_up(result: Attempted, mut picked: Picked) {
+    if let Ok((response, _in_use)) = result {
+        response.into_body().abandon();
+        picked.succeeded(Instant::now());
+    }
+}
+
+/// The answer has ended: now it is known whether it speaks against the endpoint. `cut`: why we cut its connection
+/// meanwhile. Of an endpoint whose certificate has ended the next handshake tells.
+fn judge(mut picked: Picked, ended: &Ended, cut: Option<&Failed>, record: &Record) {
+    match http::end_speaks_against_endpoint(ended) {
+        Some(false) => picked.completed(Instant::now()),
+        Some(true) if cut.is_none_or(|reason| reason.failure != Failure::UntrustedPeer) => {
+            failed(&mut picked, record);
+        }
+        Some(true) | None => {}
     }
 }
 
@@ -434,13 +456,17 @@ fn observed(answered: Answered, mut record: Record, place: OwnedSemaphorePermit)
     head.version = Version::HTTP_11;
     let body = body.until(deadline).observed(move |ended| {
         http::end_answer(&mut record, ended);
-        if let (BodyEnd::Cut(_), Some(reason)) = (&ended.how, in_use.as_ref().and_then(InUse::cut)) {
+        let cut = in_use.as_ref().and_then(InUse::cut);
+        if let (BodyEnd::Cut(_), Some(reason)) = (&ended.how, cut) {
             record.fail(reason.clone());
+        }
+        if let Some(picked) = picked {
+            judge(picked, ended, cut, &record);
         }
         if let (BodyEnd::Complete, Some(in_use)) = (&ended.how, in_use) {
             in_use.finished();
         }
-        drop((picked, place));
+        drop(place);
     });
     Response::from_parts(head, body)
 }
@@ -457,3 +483,6 @@ fn authority_of(upstream: &Upstream) -> Authority {
     Authority::try_from(upstream.name().as_str().replace('_', "."))
         .unwrap_or_else(|_| Authority::from_static("localhost"))
 }
+
+#[cfg(test)]
+mod tests;

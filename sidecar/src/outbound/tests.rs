@@ -1,6 +1,11 @@
 //! The size of a connection's future: what every open connection costs beside its buffers.
 
-use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -15,7 +20,7 @@ use crate::{
     drain::Drain,
     http::HttpLimits,
     inbound::{Delivery, Inbound, Meaning},
-    model::{MutualTls, Policy},
+    model::{MutualTls, Policy, ServiceName},
     telemetry::{AccessLog, AccessLogTarget, Direction, Metrics, Telemetry, TraceSettings},
 };
 
@@ -24,6 +29,15 @@ const MOST_INBOUND_BYTES: usize = 9 * 1024;
 const MOST_OUTBOUND_BYTES: usize = 6 * 1024;
 
 fn stories() -> (Arc<Inbound>, Arc<Outbound>) {
+    stories_of(Directory::default(), HashMap::new(), Policy::default())
+}
+
+/// With these services, listeners that stand for one, and a policy for all.
+pub(super) fn stories_of(
+    directory: Directory,
+    explicit: HashMap<SocketAddr, ServiceName>,
+    policy: Policy,
+) -> (Arc<Inbound>, Arc<Outbound>) {
     let metrics = Arc::new(Metrics::new());
     let log = AccessLog::open(AccessLogMode::Off, &AccessLogTarget::Stdout, &metrics).unwrap();
     let (settings, _) = TraceSettings::read(|_| None, "test");
@@ -53,21 +67,21 @@ fn stories() -> (Arc<Inbound>, Arc<Outbound>) {
         metrics: telemetry.metrics().service(Direction::Inbound, "test", ""),
         telemetry: telemetry.clone(),
     });
-    let directory = watch::channel(Arc::new(Directory::default())).1;
+    let directory = watch::channel(Arc::new(directory)).1;
     let registry = Arc::new(Registry::none(directory.clone()));
     let outbound = Arc::new(Outbound {
         directory: directory.clone(),
         virtual_addresses: Arc::new(VirtualAddresses::in_memory()),
-        explicit: HashMap::new(),
+        explicit,
         registry: registry.clone(),
-        upstreams: Upstreams::new(directory, policies, registry, Policy::default(), telemetry.clone()),
+        upstreams: Upstreams::new(directory, policies, registry, policy, telemetry.clone()),
         pool: Pool::new(connector.clone(), telemetry.metrics().clone()),
         connector,
         inbound: inbound.clone(),
         mode: Mode::AllowAny,
         own_ports: Vec::new(),
         limits: HttpLimits::default(),
-        requests: Arc::new(Semaphore::new(1)),
+        requests: Arc::new(Semaphore::new(100)),
         drain_timeout: Duration::from_secs(1),
         telemetry,
     });

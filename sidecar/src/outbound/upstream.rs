@@ -11,7 +11,7 @@ use arc_swap::ArcSwap;
 use tokio::{sync::watch, task::spawn_blocking, time::Instant};
 
 use crate::{
-    balance::{Balancer, Picked},
+    balance::{Balancer, Condition, Picked},
     connect::Security,
     discovery::{Directory, Interest, Registry, policies::Policies},
     model::{
@@ -59,6 +59,11 @@ impl Known {
             (true, MutualTls::Strict) => Security::Forbidden,
         };
         Known { service, policy, security }
+    }
+
+    /// Do its endpoints have sidecars, which prove who they are?
+    pub fn is_mesh(&self) -> bool {
+        matches!(self.security, Security::Mesh(_))
     }
 
     /// The endpoint at this address.
@@ -292,13 +297,19 @@ impl Upstreams {
         }
     }
 
-    /// Drops the handles of names that nobody registered, once nobody asks for them.
+    /// Drops the handles of names that nobody registered, once nobody asks for them, and what the metrics say of their
+    /// endpoints: a name that was once misspelt would stand there for ever.
     fn forget(&self, services: &Directory) {
         lock(&self.by_name).retain(|name, upstream| {
-            upstream.interest.is_none()
+            let is_kept = upstream.interest.is_none()
                 || services.service(name).is_some()
                 || Arc::strong_count(upstream) > 1
-                || !upstream.known().service.endpoints.is_empty()
+                || !upstream.known().service.endpoints.is_empty();
+            if !is_kept {
+                let states = Condition::ALL.map(Condition::label);
+                self.telemetry.metrics().forget_endpoints(name.as_str(), &states);
+            }
+            is_kept
         });
     }
 

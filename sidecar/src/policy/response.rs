@@ -18,6 +18,17 @@ impl GrpcStatus {
         }
     }
 
+    /// A number that was read elsewhere; UNKNOWN where it is none of the known.
+    pub fn from_code(code: u16) -> Self {
+        u8::try_from(code).ok().filter(|code| *code <= 16).map_or(GrpcStatus(2), GrpcStatus)
+    }
+
+    /// Does it count as a failure of the endpoint? From the head of an answer that has trailers only, or from the
+    /// trailers.
+    pub fn speaks_against_endpoint(self) -> bool {
+        matches!(self.0, 4 | 13 | 14 | 15)
+    }
+
     /// The number.
     pub fn code(self) -> u8 {
         self.0
@@ -53,10 +64,14 @@ impl GrpcStatus {
     }
 }
 
-/// Does an answer with this status count as a failure of its endpoint? `grpc` comes from the head of an answer
-/// that has trailers only, or from the trailers.
-pub fn speaks_against_endpoint(status: u16, grpc: Option<GrpcStatus>) -> bool {
-    matches!(status, 502..=504) || grpc.is_some_and(|status| matches!(status.0, 4 | 13 | 14 | 15))
+/// Does an answer with this head count as a failure of its endpoint? `label` is that of a sidecar which made the
+/// answer itself and is believed: it says more than the status that comes with it.
+pub fn head_speaks_against_endpoint(label: Option<Failure>, status: u16, grpc: Option<GrpcStatus>) -> bool {
+    match label {
+        Some(failure) if failure.side() == Side::Client || failure == Failure::RequestTimeout => false,
+        Some(failure) if failure_speaks_against_endpoint(failure) => true,
+        _ => matches!(status, 502..=504) || grpc.is_some_and(GrpcStatus::speaks_against_endpoint),
+    }
 }
 
 /// Does this failure of an attempt count as a failure of its endpoint? What the caller or the mesh did wrong does
@@ -94,7 +109,24 @@ mod tests {
             (503, Some("0"), true),
         ] {
             let grpc = grpc.map(GrpcStatus::parse);
-            assert_eq!(speaks_against_endpoint(status, grpc), expected, "{status} {grpc:?}");
+            assert_eq!(head_speaks_against_endpoint(None, status, grpc), expected, "{status} {grpc:?}");
+        }
+    }
+
+    #[test]
+    fn the_label_of_a_sidecar_says_more_than_its_status() {
+        for (failure, status, grpc, expected) in [
+            (Failure::AppReset, 502, None, true),
+            (Failure::AppReset, 200, Some("14"), true),
+            (Failure::Overloaded, 503, None, true),
+            (Failure::Draining, 200, Some("14"), true),
+            (Failure::RequestTimeout, 504, None, false),
+            (Failure::RequestTimeout, 200, Some("4"), false),
+            (Failure::HeadersTooLarge, 200, Some("13"), false),
+            (Failure::PlaintextRefused, 403, None, false),
+        ] {
+            let grpc = grpc.map(GrpcStatus::parse);
+            assert_eq!(head_speaks_against_endpoint(Some(failure), status, grpc), expected, "{failure}");
         }
     }
 
@@ -105,6 +137,9 @@ mod tests {
         }
         assert_eq!(GrpcStatus::parse("14").label(), "UNAVAILABLE");
         assert!(GrpcStatus::parse("0").is_ok());
+        for (code, label) in [(0, "OK"), (16, "UNAUTHENTICATED"), (17, "UNKNOWN"), (270, "UNKNOWN")] {
+            assert_eq!(GrpcStatus::from_code(code).label(), label);
+        }
     }
 
     #[test]

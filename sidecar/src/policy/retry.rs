@@ -1,7 +1,7 @@
 //! May a request be tried again, and after which pause? Anything may where the protocol proves that nothing was
 //! processed; safe methods (RFC 9110 9.2.1) after failures of the transport; statuses and further methods where
-//! the policy says so. Always within the attempts, the deadline and the budget. A hop below a retry does not
-//! retry for a status: otherwise three hops of three attempts make 27. Pure: time and randomness are arguments.
+//! the policy says so. Always within the attempts, the deadline and the budget. Each hop decides for itself: what goes
+//! through an app cannot be followed from one to the next. Pure: time and randomness are arguments.
 
 use std::time::{Duration, SystemTime};
 
@@ -21,8 +21,6 @@ pub struct Attempt<'a> {
     pub outcome: Outcome<'a>,
     /// Can the body be sent once more? True where there is none or nothing of it was taken.
     pub replayable: bool,
-    /// `x-weft-attempt` of a verified peer: the request is itself a retry of the hop above where it is over 1.
-    pub attempt_above: u32,
     /// What is left of the request's deadline; none: no limit.
     pub remaining: Option<Duration>,
 }
@@ -90,8 +88,6 @@ pub enum Refusal {
     Body,
     /// All attempts are used up.
     Attempts,
-    /// The hop above retries.
-    Above,
     /// The server asks to wait longer than we do, or not to come again.
     Pushback,
     /// The deadline would be over.
@@ -120,7 +116,6 @@ impl Refusal {
             Refusal::Method => "method",
             Refusal::Body => "body",
             Refusal::Attempts => "attempts",
-            Refusal::Above => "above",
             Refusal::Pushback => "pushback",
             Refusal::Deadline => "deadline",
             Refusal::Budget => "budget",
@@ -183,7 +178,6 @@ fn worth_it(policy: &Retries, attempt: &Attempt<'_>) -> Result<Reason, Refusal> 
         Outcome::Failed { .. } if !is_repeatable(policy, attempt.method) => Err(Refusal::Method),
         Outcome::Failed { .. } => Ok(Reason::Transport),
         Outcome::Answered { status, .. } if !policy.statuses.contains(&status) => Err(Refusal::NotNeeded),
-        Outcome::Answered { .. } if attempt.attempt_above > 1 => Err(Refusal::Above),
         Outcome::Answered { .. } if !is_repeatable(policy, attempt.method) => Err(Refusal::Method),
         Outcome::Answered { .. } => Ok(Reason::Status),
     }

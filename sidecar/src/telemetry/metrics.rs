@@ -230,7 +230,7 @@ impl Metrics {
         self.endpoints.with(&[service, state]).set(count as i64);
     }
 
-    /// A service is no longer watched: its endpoint gauges go.
+    /// A service is no longer known: its endpoint gauges go.
     pub fn forget_endpoints(&self, service: &str, states: &[&'static str]) {
         states.iter().for_each(|state| self.endpoints.remove(&[service, state]));
     }

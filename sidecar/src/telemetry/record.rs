@@ -152,12 +152,12 @@ impl Record {
         self.inner.started
     }
 
-    /// The request goes to this service, by this route.
-    pub fn route(&mut self, handles: &Arc<ServiceMetrics>) {
-        self.inner.handles = handles.clone();
+    /// What it reports to.
+    pub fn telemetry(&self) -> &Telemetry {
+        &self.inner.telemetry
     }
 
-    /// The handles of the service and route so far, to count refused retries through.
+    /// The handles of the service, to count refused retries through.
     pub fn handles(&self) -> &Arc<ServiceMetrics> {
         &self.inner.handles
     }

@@ -43,6 +43,8 @@ class App(http.server.BaseHTTPRequestHandler):
         elif url.path == "/status":
             self.read_body()
             self.answer(int(query["code"]), b"status")
+        elif url.path == "/cut" and query["by"] == NAME:
+            self.cut()
         elif url.path == "/die":
             self.read_body()
             self.close_connection = True
@@ -73,6 +75,14 @@ class App(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def cut(self):
+        """Promises more than it sends."""
+        self.send_response(200)
+        self.send_header("Content-Length", "100")
+        self.end_headers()
+        self.wfile.write(b"ten bytes.")
+        self.close_connection = True
 
     def slow(self, size, seconds, chunked):
         self.send_response(200)

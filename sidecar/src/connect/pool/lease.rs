@@ -1,8 +1,9 @@
-//! A connection lent to one call: the call is sent on it, and it stays in use until the answer's body has ended.
+//! A connection lent to one call: the call is sent on it, and it stays in use until the answer's body has ended. A stream
+//! of HTTP/2 does so until the request's has ended too, which may be later: a server may answer before it has read all.
 
 use std::{
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -21,7 +22,7 @@ use crate::{
         http2::{self, STREAMS, is_open},
         standing::Standing,
     },
-    http::Body,
+    http::{Body, Sending},
     model::Failed,
     tls::VerifiedPeer,
 };
@@ -32,6 +33,8 @@ pub(super) struct Http2 {
     peer: Option<VerifiedPeer>,
     standing: Standing,
     streams: AtomicUsize,
+    /// Requests that go on though their answers have ended: each has its stream until then.
+    sending: Mutex<Vec<Sending>>,
     was_used: AtomicBool,
     idle_since: Mutex<Instant>,
 }
@@ -58,10 +61,12 @@ pub(super) enum Connection {
     Http1(Http1, Option<(Arc<Pool>, Key)>),
 }
 
-/// One stream of an HTTP/2 connection; gives its place back when dropped.
+/// One stream of an HTTP/2 connection; gives its place back when dropped, or when its request has ended after that.
 pub(super) struct Http2Stream {
     connection: Arc<Http2>,
     sender: SendRequest<Bytes>,
+    /// Where the answer began first.
+    sending: Option<Sending>,
 }
 
 /// Keeps a connection in use until the answer's body has ended.
@@ -81,8 +86,15 @@ impl Http2 {
         peer: Option<VerifiedPeer>,
         standing: Standing,
     ) -> Arc<Self> {
-        let (streams, was_used) = (AtomicUsize::new(0), AtomicBool::new(false));
-        Arc::new(Http2 { sender, peer, standing, streams, was_used, idle_since: Mutex::new(Instant::now()) })
+        Arc::new(Http2 {
+            sender,
+            peer,
+            standing,
+            streams: AtomicUsize::new(0),
+            sending: Mutex::default(),
+            was_used: AtomicBool::new(false),
+            idle_since: Mutex::new(Instant::now()),
+        })
     }
 
     pub(super) fn is_usable(&self) -> bool {
@@ -96,8 +108,26 @@ impl Http2 {
 
     /// For how long no call has used it; none while one does.
     pub(super) fn idle_for(&self, now: Instant) -> Option<Duration> {
-        let since = *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner);
-        (self.streams.load(Ordering::Relaxed) == 0).then(|| now.duration_since(since))
+        (self.streams() == 0).then(|| now.saturating_duration_since(*lock(&self.idle_since)))
+    }
+
+    /// Open streams: those whose requests have ended meanwhile are no longer among them.
+    fn streams(&self) -> usize {
+        let mut sending = lock(&self.sending);
+        let before = sending.len();
+        sending.retain(|request| !request.is_over());
+        let over = before - sending.len();
+        drop(sending);
+        if over > 0 {
+            self.free(over);
+        }
+        self.streams.load(Ordering::Relaxed)
+    }
+
+    fn free(&self, streams: usize) {
+        if self.streams.fetch_sub(streams, Ordering::Relaxed) == streams {
+            *lock(&self.idle_since) = Instant::now();
+        }
     }
 }
 
@@ -115,22 +145,26 @@ impl Http2Stream {
         // What goes past the server's bound would wait for another stream's end.
         let most = sender.current_max_send_streams().clamp(1, STREAMS);
         // Only this worker takes streams of this connection, so that load and add need not be one step.
-        if connection.streams.load(Ordering::Relaxed) >= most {
+        if connection.streams.load(Ordering::Relaxed) >= most && connection.streams() >= most {
             return None;
         }
         connection.streams.fetch_add(1, Ordering::Relaxed);
         connection.was_used.store(true, Ordering::Relaxed);
-        Some(Http2Stream { connection: connection.clone(), sender })
+        Some(Http2Stream { connection: connection.clone(), sender, sending: None })
     }
 }
 
 impl Drop for Http2Stream {
     fn drop(&mut self) {
-        let connection = &self.connection;
-        if connection.streams.fetch_sub(1, Ordering::Relaxed) == 1 {
-            *connection.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        match self.sending.take().filter(|request| !request.is_over()) {
+            Some(request) => lock(&self.connection.sending).push(request),
+            None => self.connection.free(1),
         }
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Lease {
@@ -147,7 +181,10 @@ impl Lease {
         };
         async move {
             match (sending.await, in_use.cut()) {
-                (Ok(response), _) => Ok((response, in_use)),
+                (Ok(response), _) => {
+                    in_use.answered(response.body());
+                    Ok((response, in_use))
+                }
                 // Whatever it was doing when we cut it, it may have done.
                 (Err(_), Some(reason)) => {
                     Err(SendFailed { failed: reason.clone(), nothing_processed: false })
@@ -181,6 +218,12 @@ impl InUse {
     /// Why we cut the connection, if we did.
     pub fn cut(&self) -> Option<&Failed> {
         self.standing().cut()
+    }
+
+    fn answered(&mut self, answer: &Body) {
+        if let Connection::Http2(stream) = &mut self.connection {
+            stream.sending = answer.sending();
+        }
     }
 
     fn standing(&self) -> &Standing {

@@ -116,7 +116,12 @@ fn close_idle(part: &mut Part, limit: Duration, now: Instant, most: usize) -> us
 
 impl Shelf {
     fn is_empty(&self) -> bool {
-        self.http2.is_empty() && self.http1.is_empty() && self.dialing.is_none()
+        self.http2.is_empty() && self.http1.is_empty() && self.dial().is_none()
+    }
+
+    /// The dial that is under way. One whose task has ended without saying how (a panic) is none.
+    pub(super) fn dial(&self) -> Option<&watch::Receiver<Option<Result<()>>>> {
+        self.dialing.as_ref().filter(|dialing| dialing.has_changed().is_ok())
     }
 
     fn idle_for(&self, now: Instant) -> impl Iterator<Item = Duration> {

@@ -7,8 +7,12 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::poll;
+use http_body_util::BodyExt;
 use hyper::{Request, Response};
-use tokio::net::TcpListener;
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    sync::Notify,
+};
 
 use super::*;
 use crate::{connect::Dialer, http::Body};
@@ -71,8 +75,12 @@ fn key(number: u8, port: u16) -> Key {
 }
 
 fn pool() -> Arc<Pool> {
+    pool_that_dials(Dialer::Direct)
+}
+
+fn pool_that_dials(dialer: Dialer) -> Arc<Pool> {
     let (_, credentials) = watch::channel(None);
-    Pool::new(Connector::new(Dialer::Direct, credentials, Duration::ZERO), Arc::new(Metrics::new()))
+    Pool::new(Connector::new(dialer, credentials, Duration::ZERO), Arc::new(Metrics::new()))
 }
 
 fn open(pool: &Pool) -> Vec<u8> {
@@ -220,4 +228,119 @@ async fn connections_that_take_no_more_calls_leave_room_for_others() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
+}
+
+/// A server that takes two streams at a time, and answers at once, whole, without reading what is sent to it until it is
+/// told to let go of it.
+async fn hasty_server() -> (u16, Arc<AtomicUsize>, Arc<Notify>) {
+    let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let (connections, let_go) = (Arc::new(AtomicUsize::new(0)), Arc::new(Notify::new()));
+    let (counted, told) = (connections.clone(), let_go.clone());
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            counted.fetch_add(1, Ordering::Relaxed);
+            let told = told.clone();
+            tokio::spawn(async move {
+                let mut builder = h2::server::Builder::new();
+                let mut connection =
+                    builder.max_concurrent_streams(2).handshake::<_, Bytes>(stream).await.unwrap();
+                let mut held = Vec::new();
+                loop {
+                    tokio::select! {
+                        asked = connection.accept() => {
+                            let Some(Ok((request, mut respond))) = asked else { return };
+                            let answer = respond.send_response(Response::new(()), true).unwrap();
+                            held.push((request, respond, answer));
+                        }
+                        () = told.notified() => held.clear(),
+                    }
+                }
+            });
+        }
+    });
+    (port, connections, let_go)
+}
+
+/// A call from its beginning to the end of its answer.
+async fn whole_call(pool: &Arc<Pool>, key: &Key, body: Body) {
+    let request = Request::post("http://orders/").body(body).unwrap();
+    let sent = pool.lend(key, LIMIT).await.unwrap().send(request).await;
+    let (response, in_use) = sent.map_err(|failed| failed.failed).unwrap();
+    response.into_body().collect().await.unwrap();
+    in_use.finished();
+}
+
+/// More than a server's window holds.
+fn large() -> Body {
+    Body::whole(vec![0; 1_000_000])
+}
+
+#[tokio::test]
+async fn a_request_that_was_answered_early_keeps_its_stream_until_it_ends() {
+    let (port, connections, let_go) = hasty_server().await;
+    let (pool, key) = (pool(), key(1, port));
+    for calls in 1..=6 {
+        whole_call(&pool, &key, large()).await;
+        assert_eq!(connections.load(Ordering::Relaxed), usize::div_ceil(calls, 2), "{calls} calls");
+    }
+    let later = || Instant::now() + Duration::from_secs(60);
+    pool.sweep(later()).await;
+    assert_eq!(open(&pool), [1], "a stream that still sends is no idle one");
+    let_go.notify_waiters();
+    let idle = || {
+        let shelves = pool.shelves.part(&key);
+        shelves[&key].http2.iter().filter(|connection| connection.idle_for(later()).is_some()).count()
+    };
+    while idle() < 3 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    for _ in 0..10 {
+        whole_call(&pool, &key, Body::empty()).await;
+    }
+    assert_eq!(connections.load(Ordering::Relaxed), 3, "there is room again");
+    pool.sweep(later()).await;
+    assert_eq!(open(&pool), [0; 0]);
+}
+
+#[tokio::test]
+async fn a_request_that_ends_before_its_answer_keeps_its_stream_too() {
+    let (port, connections) = server(1, usize::MAX).await;
+    let (pool, key) = (pool(), key(1, port));
+    let request = Request::post("http://orders/").body(Body::whole("short")).unwrap();
+    let sent = pool.lend(&key, LIMIT).await.unwrap().send(request).await;
+    let held = sent.map_err(|failed| failed.failed).unwrap();
+    drop(call(&pool, &key).await);
+    assert_eq!(connections.load(Ordering::Relaxed), 2);
+    drop(held);
+    drop(call(&pool, &key).await);
+    assert_eq!(connections.load(Ordering::Relaxed), 2);
+}
+
+#[tokio::test]
+async fn a_dial_that_panics_fails_those_who_wait_for_it_and_nobody_later() {
+    let (port, connections) = server(100, usize::MAX).await;
+    let first = Arc::new(AtomicUsize::new(0));
+    let dialer = Dialer::Handed(Arc::new(move |_| {
+        let is_first = first.fetch_add(1, Ordering::Relaxed) == 0;
+        Box::pin(async move {
+            assert!(!is_first, "a bug in the dial");
+            TcpSocket::new_v4()
+        })
+    }));
+    let (pool, key) = (pool_that_dials(dialer), key(1, port));
+    let failed = pool.lend(&key, LIMIT).await.err().unwrap();
+    assert_eq!(failed.failure, Failure::Internal, "{failed:?}");
+    drop(call(&pool, &key).await);
+    drop(call(&pool, &key).await);
+    assert_eq!(connections.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test]
+async fn a_dial_that_panicked_leaves_nothing_behind() {
+    let dialer = Dialer::Handed(Arc::new(|_| Box::pin(async { panic!("a bug in the dial") })));
+    let (pool, key) = (pool_that_dials(dialer), key(1, 1));
+    assert!(pool.lend(&key, LIMIT).await.is_err());
+    pool.sweep(Instant::now()).await;
+    assert!(pool.shelves.part(&key).is_empty());
 }

@@ -23,12 +23,16 @@ fn upstreams(service: &Arc<Service>) -> Arc<Upstreams> {
 }
 
 fn following(directory: watch::Receiver<Arc<Directory>>) -> Arc<Upstreams> {
+    let registry = Registry::none(directory.clone());
+    asking(registry, directory)
+}
+
+fn asking(registry: Registry, directory: watch::Receiver<Arc<Directory>>) -> Arc<Upstreams> {
     let metrics = Arc::new(Metrics::new());
     let log = AccessLog::open(AccessLogMode::Off, &AccessLogTarget::Stdout, &metrics).unwrap();
     let (telemetry, _) = Telemetry::new(&TraceSettings::read(|_| None, "test").0, log, metrics);
     let policies = watch::channel(Arc::new(Policies::default())).1;
-    let registry = Arc::new(Registry::none(directory.clone()));
-    Upstreams::new(directory, policies, registry, Policy::default(), telemetry)
+    Upstreams::new(directory, policies, Arc::new(registry), Policy::default(), telemetry)
 }
 
 #[tokio::test]
@@ -66,4 +70,30 @@ async fn who_asked_anew_does_not_call_with_what_was_known_before() {
         assert_eq!(asked.known().service.endpoints.len(), now);
         assert_eq!(upstreams.service_with(last).as_ref(), Some(asked.name()));
     }
+}
+
+#[tokio::test]
+async fn a_name_that_is_forgotten_leaves_the_metrics_and_others_stay() {
+    let (_sender, directory) = watch::channel(Arc::<Directory>::default());
+    let (registry, _asked) = Registry::new(directory.clone());
+    let upstreams = asking(registry, directory);
+    let misspelt = Arc::new(Service::named("oders".parse().unwrap()));
+    let in_use = upstreams.get(Arc::new(Service::named("cart".parse().unwrap()))).await;
+    drop((upstreams.get(misspelt).await, upstreams.get(service(1)).await));
+    let metrics = upstreams.telemetry.metrics();
+    for name in ["oders", "orders", "cart"] {
+        Condition::ALL.iter().for_each(|condition| metrics.endpoints(name, condition.label(), 0));
+    }
+    upstreams.forget(&Directory::default());
+    let text = metrics.expose(false);
+    assert!(!text.contains("weft_endpoints{service=\"oders\""), "{text}");
+    for name in ["orders", "cart"] {
+        for state in ["ready", "ejected", "probing"] {
+            let line = format!("weft_endpoints{{service=\"{name}\",state=\"{state}\"}} 0");
+            assert!(text.contains(&line), "{line} is not in\n{text}");
+        }
+    }
+    drop(in_use);
+    upstreams.forget(&Directory::default());
+    assert!(!metrics.expose(false).contains("weft_endpoints{service=\"cart\""));
 }

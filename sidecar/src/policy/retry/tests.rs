@@ -1,14 +1,8 @@
 use super::*;
 use crate::model::Budget;
 
-const ATTEMPT: Attempt<'static> = Attempt {
-    number: 1,
-    method: "GET",
-    outcome: failed(Failure::Reset),
-    replayable: true,
-    attempt_above: 1,
-    remaining: None,
-};
+const ATTEMPT: Attempt<'static> =
+    Attempt { number: 1, method: "GET", outcome: failed(Failure::Reset), replayable: true, remaining: None };
 
 const fn failed(failure: Failure) -> Outcome<'static> {
     Outcome::Failed { failure, unprocessed: failure.nothing_processed() }
@@ -87,8 +81,6 @@ fn what_stands_in_the_way() {
         (Attempt { number: 3, ..ATTEMPT }, "attempts"),
         (Attempt { replayable: false, ..ATTEMPT }, "body"),
         (Attempt { replayable: false, outcome: failed(Failure::ConnectRefused), ..ATTEMPT }, "body"),
-        (Attempt { attempt_above: 2, outcome: answered(503), ..ATTEMPT }, "above"),
-        (Attempt { attempt_above: 2, ..ATTEMPT }, "transport"),
         (Attempt { remaining: Some(second), ..ATTEMPT }, "transport"),
         (Attempt { remaining: Some(Duration::from_millis(1)), ..ATTEMPT }, "deadline"),
         (
