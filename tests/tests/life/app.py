@@ -43,6 +43,12 @@ class App(http.server.BaseHTTPRequestHandler):
         elif url.path == "/status":
             self.read_body()
             self.answer(int(query["code"]), b"status")
+        elif url.path == "/early":
+            # answers before it has read, and goes on to read
+            self.answer(404, b"no")
+            self.close_connection = True
+            while self.rfile.read(1):
+                pass
         elif url.path == "/cut" and query["by"] == NAME:
             self.cut()
         elif url.path == "/die":

@@ -96,3 +96,43 @@ fn stalled_bodies_delay_nobody_on_their_own_connection() {
         assert!(metrics.contains("weft_pool_connections{protocol=\"http2\"} 1\n"), "{metrics}");
     });
 }
+
+/// Begins so many uploads, reads their answers, and goes on with them until it is ended.
+const UPLOADS: &str = r#"
+import socket, sys, time
+HEAD = b"POST /early HTTP/1.1\r\nHost: orders\r\nTransfer-Encoding: chunked\r\n\r\n"
+uploads = [socket.create_connection(("orders", 80), timeout=20) for _ in range(int(sys.argv[1]))]
+for upload in uploads:
+    upload.sendall(HEAD)
+for upload in uploads:
+    upload.sendall(b"5\r\nhello\r\n")
+    answer = b""
+    while not answer.endswith(b"\r\n\r\nno"):
+        piece = upload.recv(1000)
+        assert piece, answer
+        answer += piece
+    assert answer.startswith(b"HTTP/1.1 404 "), answer
+print("answered", flush=True)
+while True:
+    for upload in uploads:
+        upload.sendall(b"1\r\n.\r\n")
+    time.sleep(0.5)
+"#;
+
+#[test]
+fn uploads_that_were_answered_early_delay_nobody() {
+    if !can_run_here() {
+        return;
+    }
+    let world = World::new();
+    let _instance = world.instance("one", &[]);
+    // More than a connection between sidecars takes at a time.
+    let mut uploads = world.client.start("python3", &["-c", UPLOADS, "129"]);
+    uploads.wait_for_line("answered");
+    for _ in 0..10 {
+        assert_eq!(world.call(&["-m", "5", "http://orders/"]), ("one".to_owned(), 200));
+    }
+    assert!(!uploads.has_ended(), "they still send:\n{}", uploads.log());
+    let metrics = world.sidecar.metrics(&world.client);
+    assert!(metrics.contains("weft_pool_connections{protocol=\"http2\"} 2\n"), "{metrics}");
+}
