@@ -49,8 +49,9 @@ class App(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             while self.rfile.read(1):
                 pass
-        elif url.path == "/cut" and query["by"] == NAME:
-            self.cut()
+        elif url.path == "/cut":
+            self.cut() if query["by"] == NAME else time.sleep(0.03)
+            self.answer(200, NAME.encode())
         elif url.path == "/die":
             self.read_body()
             self.close_connection = True
@@ -85,9 +86,8 @@ class App(http.server.BaseHTTPRequestHandler):
     def cut(self):
         """Promises more than it sends."""
         self.send_response(200)
-        self.send_header("Content-Length", "100")
+        self.send_header("Content-Length", "1000")
         self.end_headers()
-        self.wfile.write(b"ten bytes.")
         self.close_connection = True
 
     def slow(self, size, seconds, chunked):

@@ -265,23 +265,24 @@ async fn hasty_server() -> (u16, Arc<AtomicUsize>, Arc<Notify>) {
 /// A call from its beginning to the end of its answer.
 async fn whole_call(pool: &Arc<Pool>, key: &Key, body: Body) {
     let request = Request::post("http://orders/").body(body).unwrap();
-    let sent = pool.lend(key, LIMIT).await.unwrap().send(request).await;
+    let sending = pool.lend(key, LIMIT).await.unwrap().send(request);
+    let sent = timeout(LIMIT, sending).await.expect("a stream for it");
     let (response, in_use) = sent.map_err(|failed| failed.failed).unwrap();
     response.into_body().collect().await.unwrap();
     in_use.finished();
 }
 
-/// More than a server's window holds.
-fn large() -> Body {
-    Body::whole(vec![0; 1_000_000])
-}
-
 #[tokio::test]
 async fn a_request_that_was_answered_early_keeps_its_stream_until_it_ends() {
     let (port, connections, let_go) = hasty_server().await;
+    // Answers without an end: bodies for requests.
+    let (source, endless) = (key(0, server(100, usize::MAX).await.0), pool());
     let (pool, key) = (pool(), key(1, port));
+    let mut sources = Vec::new();
     for calls in 1..=6 {
-        whole_call(&pool, &key, large()).await;
+        let (body, in_use) = call(&endless, &source).await;
+        sources.push(in_use);
+        whole_call(&pool, &key, body.into_body()).await;
         assert_eq!(connections.load(Ordering::Relaxed), usize::div_ceil(calls, 2), "{calls} calls");
     }
     let later = || Instant::now() + Duration::from_secs(60);

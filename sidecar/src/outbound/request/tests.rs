@@ -56,7 +56,7 @@ async fn server(streams: u32) -> (SocketAddr, Arc<AtomicUsize>, Arc<AtomicUsize>
     (address, connections, asked)
 }
 
-/// Gives the stream of an answer that has no end.
+/// Gives the stream of an answer that has no end. One that breaks off does so when its beginning has gone out.
 fn answer(request: &Request<RecvStream>, mut respond: SendResponse<Bytes>) -> Option<h2::SendStream<Bytes>> {
     let (kind, code) = request.uri().path()[1..].split_once('/').unwrap();
     let mut head = Response::new(());
@@ -73,7 +73,12 @@ fn answer(request: &Request<RecvStream>, mut respond: SendResponse<Bytes>) -> Op
             trailers.insert("grpc-status", code.parse().unwrap());
             stream.send_trailers(trailers).unwrap();
         }
-        "cut" => stream.send_reset(Reason::INTERNAL_ERROR),
+        "cut" => {
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                stream.send_reset(Reason::INTERNAL_ERROR);
+            });
+        }
         "whole" => stream.send_data(Bytes::new(), true).unwrap(),
         "endless" => return Some(stream),
         _ => panic!("{kind}"),
@@ -129,13 +134,18 @@ impl Mesh {
 
     /// The app hears of an end when the sidecar has: it is not judged later.
     async fn failures_are(&self, expected: u32, why: &str) {
-        while self.failures().1 > 0 {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        let is_over = async {
+            while self.failures().1 > 0 {
+                sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(LIMIT, is_over).await.expect(why);
         assert_eq!(self.failures().0, expected, "{why}");
     }
 }
 
+/// Longest wait for what happens at once.
+const LIMIT: Duration = Duration::from_secs(10);
 const GRPC: &[(&str, &str)] = &[("content-type", "application/grpc"), ("te", "trailers")];
 
 #[tokio::test]
