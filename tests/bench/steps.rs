@@ -251,14 +251,7 @@ fn retry_decide(bencher: Bencher) {
     let mut bucket = Bucket::new(&policy.budget, now);
     let mut random = fastrand::Rng::with_seed(1);
     let outcome = retry::Outcome::Answered { status: 200, retry_after: None, pushback: None };
-    let attempt = retry::Attempt {
-        number: 1,
-        method: "GET",
-        outcome,
-        replayable: true,
-        attempt_above: 0,
-        remaining: None,
-    };
+    let attempt = retry::Attempt { number: 1, method: "GET", outcome, replayable: true, remaining: None };
     bencher.bench_local(|| {
         let attempt = black_box(&attempt);
         retry::decide(&policy, attempt, &mut bucket, &mut random, now, SystemTime::UNIX_EPOCH)
