@@ -27,6 +27,7 @@ use crate::{
     identity,
     outbound::Upstreams,
     redirect::Namespace,
+    serve::SilentLimit,
     telemetry::{LogLevel, SpanExport, Telemetry},
     tls::Credentials,
 };
@@ -145,6 +146,7 @@ struct Places {
     outbound_connections: Arc<Semaphore>,
     inbound_requests: Arc<Semaphore>,
     outbound_requests: Arc<Semaphore>,
+    inbound_silent: Arc<SilentLimit>,
 }
 
 impl App {

@@ -28,6 +28,7 @@ use crate::{
     model::{Failed, Failure, HttpVersion, MutualTls, Protocol, Result},
     net::{self, Stream},
     policy::authorization::{Permit, authorize},
+    serve::SilentLimit,
     telemetry::{self, Direction, ServiceMetrics, Telemetry},
     tls::{self, Alpn, Credentials},
 };
@@ -52,6 +53,8 @@ pub struct Inbound {
     pub limits: HttpLimits,
     /// Requests at a time.
     pub requests: Arc<Semaphore>,
+    /// Connections on which nobody has spoken yet.
+    pub silent: Arc<SilentLimit>,
     /// How long a connection may finish after it was told to.
     pub drain_timeout: Duration,
     /// Metrics, log and spans.
@@ -93,11 +96,12 @@ impl Inbound {
         let (caller, upgrade, cut) = (Caller::Plaintext, Upgrade::default(), record.cut().clone());
         let arrival = Arrival { caller, client, meant, app, upgrade, cut };
         let mut stream = Stream::from(tcp);
-        let silence = match self.delivery.mutual_tls(meant.port()) {
-            MutualTls::Strict => STRICT_SILENCE,
-            MutualTls::Permissive => SILENCE,
-        };
-        let ahead = detect::read_ahead(&mut stream, silence).await.map_err(|error| client_broke(&error))?;
+        let mut ahead =
+            detect::read_ahead(&mut stream, SILENCE).await.map_err(|error| client_broke(&error))?;
+        if ahead.is_silence() && self.delivery.mutual_tls(meant.port()) == MutualTls::Strict {
+            let speaking = detect::read_ahead(&mut stream, STRICT_SILENCE);
+            ahead = self.silent.wait(client.ip(), speaking).await?.map_err(|error| client_broke(&error))?;
+        }
         self.heard(stream, ahead, arrival, draining, record).await
     }
 
@@ -124,12 +128,15 @@ impl Inbound {
         }
         self.delivery.check_plaintext(arrival.meant, &ahead)?;
         let protocol = match (self.delivery.protocol(), ahead.heard) {
-            (None, Heard::Silence) if ahead.bytes.is_empty() => {
+            (None, _) if ahead.is_silence() => {
                 return Box::pin(self.silent(stream, arrival, draining, record)).await;
             }
             (None, Heard::Protocol(protocol)) => protocol,
             (declared, _) => declared.unwrap_or(Protocol::Opaque),
         };
+        if let Some(version) = protocol.http().filter(|_| ahead.is_silence()) {
+            return Box::pin(self.unbegun(stream, version, arrival, draining, record)).await;
+        }
         self.carry(stream, protocol, arrival, draining, record).await
     }
 
@@ -167,9 +174,13 @@ impl Inbound {
         draining: Draining,
         record: &mut telemetry::Connection,
     ) -> Result<()> {
-        let mut app = self.connect_app(&arrival).await.inspect_err(|_| net::reset(&stream))?;
-        let first =
-            detect::first_to_speak(&mut stream, &mut app).await.map_err(|error| client_broke(&error))?;
+        let listening = async {
+            let mut app = self.connect_app(&arrival).await?;
+            let first = detect::first_to_speak(&mut stream, &mut app).await;
+            Ok::<_, Failed>((first.map_err(|error| client_broke(&error))?, app))
+        };
+        let heard = self.silent.wait(arrival.client.ip(), listening).await.and_then(|heard| heard);
+        let (first, app) = heard.inspect_err(|_| net::reset(&stream))?;
         match first {
             FirstToSpeak::Client(ahead) => {
                 drop(app);
@@ -180,6 +191,33 @@ impl Inbound {
                 record.opened(security(&arrival.caller, Protocol::Opaque), Protocol::Opaque);
                 self.copy(stream, app, &arrival, record).await
             }
+        }
+    }
+
+    /// HTTP by declaration, before its first request.
+    async fn unbegun(
+        self: &Arc<Self>,
+        mut stream: Stream,
+        version: HttpVersion,
+        arrival: Arrival,
+        draining: Draining,
+        record: &mut telemetry::Connection,
+    ) -> Result<()> {
+        let limit = match version {
+            HttpVersion::Http1 => self.limits.idle_timeout,
+            HttpVersion::Http2 => self.limits.header_timeout,
+        };
+        let mut stop = draining.clone();
+        let speaking = async {
+            tokio::select! {
+                spoken = timeout(limit, detect::client_speaks(&mut stream)) => spoken.ok(),
+                () = stop.started() => None,
+            }
+        };
+        match self.silent.wait(arrival.client.ip(), speaking).await? {
+            Some(Ok(ahead)) => Box::pin(self.heard(stream, ahead, arrival, draining, record)).await,
+            Some(Err(error)) => Err(client_broke(&error)),
+            None => Ok(()),
         }
     }
 
@@ -222,7 +260,7 @@ impl Inbound {
             }
         };
         let limits = match &arrival.caller {
-            Caller::Plaintext => self.limits.clone(),
+            Caller::Plaintext => self.limits.of_strangers(),
             Caller::Peer(_) | Caller::Own(_) => self.limits.of_sidecars(),
         };
         http::serve(stream, version, &limits, stop, self.drain_timeout, &arrival.cut, answer).await?;

@@ -1,6 +1,10 @@
 //! Accept loops: each worker accepts on its own listener, under one cap of connections, until the drain says
 //! stop. A panic in a connection ends that connection and no other.
 
+mod silent;
+
+pub use silent::SilentLimit;
+
 use std::{future::Future, net::SocketAddr, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use futures_util::FutureExt;

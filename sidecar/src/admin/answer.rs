@@ -1,6 +1,6 @@
 //! What both faces share: one connection served by hyper within limits, and the shapes of answers.
 
-use std::{convert::Infallible, future::Future, time::Duration};
+use std::{collections::VecDeque, convert::Infallible, future::Future, time::Duration};
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -14,6 +14,7 @@ use hyper::{
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
+    task::{AbortHandle, yield_now},
     time::timeout,
 };
 
@@ -27,6 +28,32 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_secs(75);
 /// hyper's read buffer: bounds the head of a request.
 const BUFFER_BYTES: usize = 16 * 1024;
 const MAX_HEADERS: usize = 64;
+
+/// The open connections of a face. For one too many the oldest makes room: clients that are slow with their requests, or
+/// do not take their answers, keep no probe out.
+pub struct Open {
+    most: usize,
+    tasks: VecDeque<AbortHandle>,
+}
+
+impl Open {
+    pub fn up_to(most: usize) -> Self {
+        Open { most, tasks: VecDeque::new() }
+    }
+
+    /// Serves a connection in a task of its own.
+    pub async fn add(&mut self, connection: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.retain(|task| !task.is_finished());
+        if self.tasks.len() >= self.most {
+            // Those that came a moment ago have their turn first: a whole request is answered in it.
+            yield_now().await;
+            if let Some(oldest) = self.tasks.pop_front() {
+                oldest.abort();
+            }
+        }
+        self.tasks.push_back(tokio::spawn(connection).abort_handle());
+    }
+}
 
 /// Serves one request and closes: an idle client must not keep a probe of the kubelet out.
 pub async fn serve_one<Io, Answering>(io: Io, answer: impl Fn(Request<Incoming>) -> Answering)

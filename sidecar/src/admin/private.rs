@@ -18,11 +18,11 @@ use hyper::{Method, Request, StatusCode, body::Incoming};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use socket2::{Domain, SockAddr, Socket, Type};
-use tokio::{net::UnixListener, sync::Semaphore};
+use tokio::net::UnixListener;
 
 use super::{
     Action, View,
-    answer::{Answer, json, only, serve_one},
+    answer::{Answer, Open, json, only, serve_one},
 };
 use crate::telemetry::LogLevel;
 
@@ -44,7 +44,7 @@ struct LogChange {
     filter: String,
 }
 
-/// Connections at a time; more are closed at once.
+/// Connections at a time; for one more the oldest is closed.
 const CONNECTIONS: usize = 16;
 const BODY_BYTES: usize = 4096;
 const BACKLOG: i32 = 16;
@@ -76,7 +76,7 @@ pub fn listen_private(path: &Path) -> io::Result<UnixListener> {
 /// Serves until it is dropped.
 pub async fn serve_private(listener: UnixListener, private: Private) {
     let private = Arc::new(private);
-    let free = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut open = Open::up_to(CONNECTIONS);
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -86,12 +86,8 @@ pub async fn serve_private(listener: UnixListener, private: Private) {
                 continue;
             }
         };
-        let Ok(permit) = free.clone().try_acquire_owned() else { continue };
         let private = private.clone();
-        tokio::spawn(async move {
-            serve_one(stream, |request| private.answer(request)).await;
-            drop(permit);
-        });
+        open.add(async move { serve_one(stream, |request| private.answer(request)).await }).await;
     }
 }
 

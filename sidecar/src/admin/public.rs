@@ -12,11 +12,11 @@ use hyper::{
     body::Incoming,
     header::{ACCEPT, HeaderMap},
 };
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::net::TcpListener;
 
 use super::{
     Action,
-    answer::{Answer, answer, only, serve_one, text},
+    answer::{Answer, Open, answer, only, serve_one, text},
     probe::Probe,
     readiness::Readiness,
 };
@@ -35,7 +35,7 @@ pub struct Public {
     pub quit: Option<Action>,
 }
 
-/// Connections at a time; more are closed at once.
+/// Connections at a time; for one more the oldest is closed.
 const CONNECTIONS: usize = 128;
 /// After a failed accept, which is mostly a lack of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -43,7 +43,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Serves until it is dropped.
 pub async fn serve_public(listener: TcpListener, public: Public) {
     let public = Arc::new(public);
-    let free = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut open = Open::up_to(CONNECTIONS);
     loop {
         let (stream, from) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -53,14 +53,10 @@ pub async fn serve_public(listener: TcpListener, public: Public) {
                 continue;
             }
         };
-        let Ok(permit) = free.clone().try_acquire_owned() else { continue };
         let here = stream.local_addr().map(|address| address.ip());
         let local = is_this_host(from, here.ok());
         let public = public.clone();
-        tokio::spawn(async move {
-            serve_one(stream, |request| public.answer(request, local)).await;
-            drop(permit);
-        });
+        open.add(async move { serve_one(stream, |request| public.answer(request, local)).await }).await;
     }
 }
 

@@ -26,6 +26,7 @@ use crate::{
     net,
     outbound::Upstreams,
     redirect::Listeners as InsideListeners,
+    serve::SilentLimit,
     telemetry::{
         AccessLog, AccessLogTarget, LogFormat, Metrics, SpanExport, Telemetry, TraceSettings, init_log,
     },
@@ -158,6 +159,7 @@ fn places(config: &Config) -> Places {
         outbound_connections: Arc::new(Semaphore::new(limits.connections)),
         inbound_requests: Arc::new(Semaphore::new(limits.requests)),
         outbound_requests: Arc::new(Semaphore::new(limits.requests)),
+        inbound_silent: SilentLimit::new(limits.connections),
     }
 }
 

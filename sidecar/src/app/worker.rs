@@ -142,6 +142,7 @@ fn inbound(shared: &Arc<Shared>, delivery: Delivery) -> Arc<Inbound> {
         credentials: shared.credentials.clone(),
         limits: limits(shared),
         requests: shared.places.inbound_requests.clone(),
+        silent: shared.places.inbound_silent.clone(),
         drain_timeout: shared.config.drain.timeout,
         metrics: shared.telemetry.metrics().service(Direction::Inbound, service, ""),
         telemetry: shared.telemetry.clone(),

@@ -29,8 +29,16 @@ use crate::{
 
 /// Streams on one connection; the far side's connection window holds as many full stream windows.
 pub(super) const STREAMS: usize = 100;
-/// Bytes a peer may send on one stream before the reader has taken them.
-const STREAM_WINDOW: u32 = 256 * 1024;
+/// Bytes a peer may send on one stream before the reader has taken them, where another connection to it is open or none:
+/// the more streams there are at a time, the less each may hold, so that readers that take nothing cannot fill the memory.
+pub(super) fn stream_window(open: usize) -> u32 {
+    match open {
+        0 => 256 * 1024,
+        1..4 => 64 * 1024,
+        _ => 16 * 1024,
+    }
+}
+
 /// Bytes of an answer's header fields (h2's own bound of 16 KiB is less than apps send).
 const HEADER_LIST: u32 = 256 * 1024;
 /// Bytes of a request's body that wait for its stream's window.
@@ -40,19 +48,20 @@ const SEND_BUFFER: usize = 128 * 1024;
 const PING_AFTER: Duration = Duration::from_secs(10);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Says hello on a fresh connection: who sends on it, who must be polled for it, and its pings.
+/// Says hello on a fresh connection, each stream of which has this window: who sends on it, who must be polled for it, and its pings.
 ///
 /// # Errors
 /// The connection broke.
 pub(super) async fn handshake(
     stream: Stream,
+    window: u32,
 ) -> Result<(SendRequest<Bytes>, Connection<Stream, Bytes>, PingPong), SendFailed> {
     let failed = |error: h2::Error| SendFailed::from_http2(&error, true);
     let mut builder = client::Builder::new();
     builder
         .initial_max_send_streams(STREAMS)
-        .initial_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(STREAM_WINDOW * STREAMS as u32)
+        .initial_window_size(window)
+        .initial_connection_window_size(window * STREAMS as u32)
         .max_header_list_size(HEADER_LIST)
         .max_send_buffer_size(SEND_BUFFER)
         .enable_push(false);

@@ -28,7 +28,7 @@ use self::{
 };
 use super::{
     Connector, Secured, SendFailed,
-    http2::{handshake, silence},
+    http2::{handshake, silence, stream_window},
     standing::Standing,
 };
 use crate::{
@@ -155,12 +155,19 @@ impl Pool {
         let (tell, dialing) = watch::channel(None);
         shelf.dialing = Some(dialing.clone());
         // A task of its own: the call that began the dial may go away, the others still wait for it.
-        tokio::spawn(self.clone().dial_http2(key.clone(), limit, tell));
+        let window = stream_window(shelf.http2.len());
+        tokio::spawn(self.clone().dial_http2(key.clone(), limit, window, tell));
         Ok(Err(dialing))
     }
 
-    async fn dial_http2(self: Arc<Self>, key: Key, limit: Duration, tell: watch::Sender<Option<Result<()>>>) {
-        let opened = self.open_http2(&key, limit).await;
+    async fn dial_http2(
+        self: Arc<Self>,
+        key: Key,
+        limit: Duration,
+        window: u32,
+        tell: watch::Sender<Option<Result<()>>>,
+    ) {
+        let opened = self.open_http2(&key, limit, window).await;
         let mut shelves = self.shelves.part(&key);
         let outcome = opened.map(|connection| shelves.entry(key.clone()).or_default().http2.push(connection));
         if let Some(shelf) = shelves.get_mut(&key) {
@@ -170,7 +177,7 @@ impl Pool {
         tell.send_replace(Some(outcome));
     }
 
-    async fn open_http2(self: &Arc<Self>, key: &Key, limit: Duration) -> Result<Arc<Http2>> {
+    async fn open_http2(self: &Arc<Self>, key: &Key, limit: Duration, window: u32) -> Result<Arc<Http2>> {
         let secured = self.connector.connect(key.address, &key.security, Alpn::Http2, limit).await;
         let Secured { mut stream, peer } = self.making_room(secured)?;
         if peer.is_some() {
@@ -180,7 +187,7 @@ impl Pool {
             heard.map_err(|_| silent(key.address))?.map_err(|error| refused(key.address, &error))?;
         }
         let read = stream.count_reads();
-        let (sender, driver, pings) = handshake(stream).await.map_err(|failed| failed.failed)?;
+        let (sender, driver, pings) = handshake(stream, window).await.map_err(|failed| failed.failed)?;
         let standing = Standing::default();
         let (address, is_sidecar) = (key.address, peer.is_some());
         let dead = async move {

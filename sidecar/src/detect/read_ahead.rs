@@ -40,6 +40,13 @@ pub enum Heard {
     End,
 }
 
+impl ReadAhead {
+    /// Has the client not said anything yet?
+    pub fn is_silence(&self) -> bool {
+        self.heard == Heard::Silence && self.bytes.is_empty()
+    }
+}
+
 impl Heard {
     /// Is it HTTP, of whichever version?
     pub fn is_http(self) -> bool {
@@ -90,8 +97,8 @@ async fn read_within(
 struct Reading<'a> {
     stream: &'a mut Stream,
     buffer: BytesMut,
-    /// Reads the ClientHello, once there is one.
-    hello: Option<HelloReader>,
+    /// Reads the ClientHello, once there is one; boxed, or each connection would keep room for it.
+    hello: Option<Box<HelloReader>>,
 }
 
 impl Reading<'_> {

@@ -40,6 +40,10 @@ pub struct HttpLimits {
     pub resets: u32,
     /// Bytes a client may send on one stream before we have passed them on.
     pub stream_window: u32,
+    /// The same on all streams of a connection, where that is less than all their windows.
+    pub connection_bytes: u32,
+    /// Bytes of an answer that wait for the client to take them.
+    pub send_buffer: usize,
 }
 
 impl Default for HttpLimits {
@@ -53,6 +57,8 @@ impl Default for HttpLimits {
             pending_resets: 100,
             resets: 500,
             stream_window: 256 * 1024,
+            connection_bytes: MAX_WINDOW,
+            send_buffer: 128 * 1024,
         }
     }
 }
@@ -60,7 +66,13 @@ impl Default for HttpLimits {
 impl HttpLimits {
     /// The window of a connection: every stream may fill its own, so that a stalled body delays nobody else.
     pub fn connection_window(&self) -> u32 {
-        self.stream_window.saturating_mul(self.concurrent_streams).min(MAX_WINDOW)
+        self.stream_window.saturating_mul(self.concurrent_streams).min(self.connection_bytes)
+    }
+
+    /// The same for a client without an identity, whose connection nobody else shares: its stalled bodies delay its own
+    /// others, and all of them together hold little.
+    pub fn of_strangers(&self) -> HttpLimits {
+        HttpLimits { connection_bytes: STRANGER_WINDOW, send_buffer: STRANGER_SEND_BUFFER, ..self.clone() }
     }
 }
 
@@ -87,8 +99,9 @@ const SIDECAR_BYTES: usize = 4096;
 const MAX_WINDOW: u32 = (1 << 31) - 1;
 /// hyper refuses a smaller HTTP/1 buffer.
 const MIN_BUFFER: usize = 8192;
-/// Bytes of an answer's body that wait for its stream's window.
-const SEND_BUFFER: usize = 128 * 1024;
+/// Of a client without an identity.
+const STRANGER_WINDOW: u32 = 1024 * 1024;
+const STRANGER_SEND_BUFFER: usize = 16 * 1024;
 /// A silent HTTP/2 peer is asked whether it lives after this long.
 const PING_AFTER: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
@@ -272,7 +285,7 @@ fn http2(limits: &HttpLimits) -> hyper::server::conn::http2::Builder<TokioExecut
         .max_header_list_size(u32::try_from(limits.header_list_bytes()).unwrap_or(u32::MAX))
         .initial_stream_window_size(limits.stream_window)
         .initial_connection_window_size(limits.connection_window())
-        .max_send_buf_size(SEND_BUFFER)
+        .max_send_buf_size(limits.send_buffer)
         .auto_date_header(false);
     builder
 }

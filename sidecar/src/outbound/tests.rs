@@ -21,6 +21,7 @@ use crate::{
     http::HttpLimits,
     inbound::{Delivery, Inbound, Meaning},
     model::{MutualTls, Policy, ServiceName},
+    serve::SilentLimit,
     telemetry::{AccessLog, AccessLogTarget, Direction, Metrics, Telemetry, TraceSettings},
 };
 
@@ -63,6 +64,7 @@ pub(super) fn stories_of(
         credentials,
         limits: HttpLimits::default(),
         requests: Arc::new(Semaphore::new(1)),
+        silent: SilentLimit::new(1),
         drain_timeout: Duration::from_secs(1),
         metrics: telemetry.metrics().service(Direction::Inbound, "test", ""),
         telemetry: telemetry.clone(),

@@ -149,6 +149,96 @@ fn connections_have_a_cap_and_more_are_closed_at_once() {
 }
 
 #[test]
+fn connections_that_say_nothing_leave_room_for_others() {
+    for flags in [&["--max-connections", "100"][..], &["--max-connections", "100", "--protocol", "http1"]] {
+        let Some(place) = place(flags) else { return };
+        let silent: Vec<TcpStream> = (0..120).map(|_| place.dial()).collect();
+        place.counted("overloaded");
+        let line = place.sidecar.wait_for_failure("overloaded", &["without a word"]);
+        assert_eq!(line["kind"], "connection", "{line}");
+        place.others_are_served();
+        // of one source a quarter may wait, and those are served when they speak
+        let mut first = &silent[0];
+        first.write_all(GET).unwrap();
+        let mut answer = [0; 12];
+        first.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 200");
+    }
+}
+
+#[test]
+fn half_requests_keep_no_probe_out() {
+    let Some(place) = place(&[]) else { return };
+    let halves: Vec<TcpStream> = (0..300)
+        .map(|number| {
+            let mut stream = dial(&place.stranger, place.to(), 15020);
+            let _ = stream.write_all(if number % 2 == 0 { b"GET /live HTTP/1.1\r\n" } else { b"" });
+            stream
+        })
+        .collect();
+    for path in ["/live", "/ready", "/metrics"] {
+        let probe = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        let answer = exchange(&place.stranger, place.to(), 15020, probe.as_bytes());
+        assert!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
+    }
+    drop(halves);
+}
+
+/// Bytes that readers who take nothing may cost altogether, in KiB.
+const STALLED_KIB: u64 = 200 * 1024;
+
+#[test]
+fn readers_that_take_nothing_cost_little_memory() {
+    if !can_run(&[Need::Program("nginx", "nginx-light")]) {
+        return;
+    }
+    let Some(place) = place(&["--port", "8082"]) else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().to_str().expect("a path");
+    fs::write(folder.path().join("one"), vec![b'x'; 1024 * 1024]).expect("a file");
+    let settings = format!(
+        "user root; daemon off; pid {path}/pid; error_log stderr; events {{}}
+         http {{ access_log off; server {{ listen 8082 http2; root {path}; }} }}
+"
+    );
+    fs::write(folder.path().join("nginx.conf"), settings).expect("a file");
+    let _app = place.server.start("nginx", &["-c", &format!("{path}/nginx.conf")]);
+    until("nginx listens", || place.server.inside(|| TcpStream::connect("127.0.0.1:8082")).is_ok());
+    place.others_are_served();
+    let before = place.memory();
+    // SETTINGS_INITIAL_WINDOW_SIZE (4) of 0
+    let settings = frame(SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 0]);
+    let begin = [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &settings].concat();
+    let heads: Vec<u8> = (0..100)
+        .flat_map(|number| frame(HEADERS, END_HEADERS | END_STREAM, 2 * number + 1, &get(&[])))
+        .collect();
+    let mut stalled = Vec::new();
+    for _ in 0..20 {
+        let mut stream = dial(&place.stranger, place.to(), 8082);
+        stream.write_all(&[&begin[..], &heads].concat()).unwrap();
+        // the last answer has begun: the app was asked for all of them
+        assert!(read_until(&mut stream, |kind, id| kind == HEADERS && id == 199).is_some());
+        stalled.push(stream);
+    }
+    (0..50).for_each(|_| pause());
+    let after = place.memory();
+    println!("2,000 answers that nobody takes: {before} KiB before, {after} KiB after");
+    assert!(after < before + STALLED_KIB, "{before} KiB before, {after} KiB after");
+    place.others_are_served();
+}
+
+#[test]
+fn a_stranger_may_send_little_that_nobody_reads() {
+    let Some(place) = place(&[]) else { return };
+    let mut stream = place.dial();
+    stream.write_all(&preface()).unwrap();
+    // WINDOW_UPDATE (8) of the connection, beyond the 65,535 bytes that there are at first
+    let (.., more) = read_until(&mut stream, |kind, id| kind == 8 && id == 0).expect("a window");
+    let more = u32::from_be_bytes(more.try_into().expect("four bytes"));
+    assert_eq!(more + 65_535, 1024 * 1024);
+}
+
+#[test]
 fn requests_have_a_cap_and_more_get_503() {
     let Some(place) = place(&["--max-requests", "1", "--protocol", "http1"]) else { return };
     let mut held = place.dial();

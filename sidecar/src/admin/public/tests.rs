@@ -175,16 +175,31 @@ fn this_host_is_loopback_or_the_same_address() {
 }
 
 #[tokio::test]
-async fn idle_clients_do_not_keep_a_probe_out_for_long() {
+async fn slow_clients_keep_no_probe_out() {
     let address = serve(public(Vec::new())).await;
-    let mut idle = Vec::new();
-    for _ in 0..CONNECTIONS {
-        idle.push(TcpStream::connect(address).await.unwrap());
+    let mut slow = Vec::new();
+    for begin in ["", "GET /live HTTP/1.1\r\n"].into_iter().cycle().take(CONNECTIONS + 22) {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(begin.as_bytes()).await.unwrap();
+        slow.push(stream);
     }
-    // The face closes them when they are too slow with their heads; then there is room again.
-    let mut first = idle.remove(0);
+    for _ in 0..10 {
+        assert_eq!(status(address, "GET /live HTTP/1.1").await, 200);
+    }
+    // the oldest made room, the youngest are still there
     let mut nothing = String::new();
-    let closed = tokio::time::timeout(Duration::from_secs(30), first.read_to_string(&mut nothing)).await;
+    slow[0].read_to_string(&mut nothing).await.unwrap();
+    let mut youngest = slow.pop().unwrap();
+    youngest.write_all(b"Host: x\r\n\r\n").await.unwrap();
+    youngest.read_to_string(&mut nothing).await.unwrap();
+    assert!(nothing.starts_with("HTTP/1.1 200"), "{nothing}");
+}
+
+#[tokio::test]
+async fn a_client_that_stays_silent_is_left() {
+    let address = serve(public(Vec::new())).await;
+    let mut idle = TcpStream::connect(address).await.unwrap();
+    let mut nothing = String::new();
+    let closed = tokio::time::timeout(Duration::from_secs(30), idle.read_to_string(&mut nothing)).await;
     closed.expect("an idle client is closed").unwrap();
-    assert_eq!(status(address, "GET /live HTTP/1.1").await, 200);
 }

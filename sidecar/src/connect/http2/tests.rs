@@ -22,7 +22,7 @@ async fn connection() -> (SendRequest<Bytes>, Server, PingPong) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let (client, server) =
         tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
-    let (sender, driver, pings) = handshake(Stream::from(client.unwrap())).await.unwrap();
+    let (sender, driver, pings) = handshake(Stream::from(client.unwrap()), stream_window(0)).await.unwrap();
     tokio::spawn(driver);
     (sender, server::handshake(server.unwrap().0).await.unwrap(), pings)
 }
