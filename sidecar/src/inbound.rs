@@ -4,10 +4,12 @@
 //! Traffic goes where it was meant to go, and only if that is this workload: one of its own addresses, no port
 //! of ours; to the app's loopback only for the ports that the workload registers.
 
+mod app_address;
 mod arrival;
 mod delivery;
 mod request;
 
+pub use app_address::AppAddress;
 pub use arrival::{Arrival, Caller};
 pub use delivery::{Delivery, Meaning};
 
@@ -91,7 +93,7 @@ impl Inbound {
     ) -> Result<()> {
         let meant = self.delivery.meant(&tcp)?;
         let app = self.delivery.address_of_app(meant)?;
-        record.endpoint(app);
+        record.endpoint(app.now());
         record.service(&self.metrics);
         let (caller, upgrade, cut) = (Caller::Plaintext, Upgrade::default(), record.cut().clone());
         let arrival = Arrival { caller, client, meant, app, upgrade, cut };
@@ -188,6 +190,7 @@ impl Inbound {
             }
             FirstToSpeak::Server => {
                 self.permit(&arrival)?;
+                record.endpoint(arrival.app.now());
                 record.opened(security(&arrival.caller, Protocol::Opaque), Protocol::Opaque);
                 self.copy(stream, app, &arrival, record).await
             }
@@ -235,6 +238,7 @@ impl Inbound {
             Some(version) => self.serve(stream, version, arrival, draining, record).await,
             None => {
                 let app = self.connect_own(&arrival).await.inspect_err(|_| net::reset(&stream))?;
+                record.endpoint(arrival.app.now());
                 self.copy(stream, app, &arrival, record).await
             }
         }
@@ -320,8 +324,15 @@ impl Inbound {
     /// As for a request from outside.
     pub async fn lend_own(&self, arrival: &Arrival) -> Result<Lease> {
         self.permit(arrival)?;
-        let key = Key { address: arrival.app, security: Security::Plain, version: HttpVersion::Http1 };
-        connect::one_off(&self.connector, &key, APP_TIMEOUT).await.map_err(as_app)
+        self.lend_alone(arrival).await
+    }
+
+    /// An HTTP/1 connection to the app that is not kept.
+    async fn lend_alone(&self, arrival: &Arrival) -> Result<Lease> {
+        let lend = |address| async move {
+            connect::one_off(&self.connector, &app_key(address, HttpVersion::Http1), APP_TIMEOUT).await
+        };
+        arrival.app.reach(lend).await.map_err(as_app)
     }
 
     fn permit(&self, arrival: &Arrival) -> Result<Permit> {
@@ -329,13 +340,17 @@ impl Inbound {
     }
 
     async fn connect_app(&self, arrival: &Arrival) -> Result<Stream> {
-        let opened = self.connector.connect(arrival.app, &Security::Plain, Alpn::Tcp, APP_TIMEOUT).await;
-        opened.map(|secured| secured.stream).map_err(as_app)
+        let connect = |address| self.connector.connect(address, &Security::Plain, Alpn::Tcp, APP_TIMEOUT);
+        arrival.app.reach(connect).await.map(|secured| secured.stream).map_err(as_app)
     }
 }
 
 /// Longest wait for the app to take a connection.
 pub(crate) const APP_TIMEOUT: Duration = Duration::from_secs(5);
+
+fn app_key(address: SocketAddr, version: HttpVersion) -> Key {
+    Key { address, security: Security::Plain, version }
+}
 
 /// The failures of calling the app have names of their own: the caller's side can tell them from its own.
 fn as_app(failed: Failed) -> Failed {

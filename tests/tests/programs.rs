@@ -16,6 +16,8 @@ mod http1;
 mod http2;
 #[path = "programs/large.rs"]
 mod large;
+#[path = "programs/listens.rs"]
+mod listens;
 #[path = "programs/pair.rs"]
 mod pair;
 #[path = "programs/python.rs"]

@@ -21,7 +21,7 @@ use crate::{
     connect::Dialer,
     discovery::{Directory, Registry, VirtualAddresses, consul, policies::Policies},
     identity,
-    inbound::{Delivery, Meaning},
+    inbound::{AppAddress, Delivery, Meaning},
     model::{Policy, Timeouts},
     net,
     outbound::Upstreams,
@@ -256,9 +256,9 @@ fn delivery(
 ) -> Delivery {
     Delivery {
         meaning,
+        registered: AppAddress::registered(&addresses, &config.app.ports),
         addresses,
         own_ports: config.own_ports(),
-        ports: config.app.ports.clone(),
         protocol: config.app.protocol,
         mutual_tls: config.app.mutual_tls,
         mutual_tls_ports: config.app.mutual_tls_ports.clone(),

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 
 use weft_proto::spiffe::SpiffeId;
 
+use super::AppAddress;
 use crate::{http::Upgrade, telemetry::Cut, tls::VerifiedPeer};
 
 /// One connection to the app.
@@ -16,7 +17,7 @@ pub struct Arrival {
     /// The address that the caller dialled.
     pub meant: SocketAddr,
     /// Where the app is reached for it.
-    pub app: SocketAddr,
+    pub app: AppAddress,
     /// What the connection becomes when it leaves HTTP.
     pub upgrade: Upgrade,
     /// Why the connection was cut, once it was.

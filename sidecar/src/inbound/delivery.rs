@@ -2,12 +2,13 @@
 
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
 use tokio::{net::TcpStream, sync::watch};
 
+use super::AppAddress;
 use crate::{
     detect::{Heard, ReadAhead},
     discovery::policies::Policies,
@@ -24,8 +25,8 @@ pub struct Delivery {
     pub addresses: Vec<IpAddr>,
     /// The sidecar's own ports: never a destination.
     pub own_ports: Vec<u16>,
-    /// Ports that the workload registers: delivered to the app's loopback.
-    pub ports: Vec<u16>,
+    /// Destinations on ports that the workload registers: delivered to the app's loopback too.
+    pub registered: Arc<BTreeMap<SocketAddr, AppAddress>>,
     /// What the app speaks, where the settings declare it.
     pub protocol: Option<Protocol>,
     /// Is plaintext taken, by the settings?
@@ -67,23 +68,19 @@ impl Delivery {
     ///
     /// # Errors
     /// `loop` for a port of ours, `not_ours` for an address or loopback port that nobody outside may reach.
-    pub fn address_of_app(&self, meant: SocketAddr) -> Result<SocketAddr> {
+    pub fn address_of_app(&self, meant: SocketAddr) -> Result<AppAddress> {
         let address = meant.ip().to_canonical();
         if self.own_ports.contains(&meant.port()) {
             return Err(Failed::new(Failure::Loop, format!("{meant} is a port of the sidecar itself")));
         }
-        if !self.is_own(address) || address.is_loopback() && !self.ports.contains(&meant.port()) {
+        if let Some(app) = self.registered.get(&SocketAddr::new(address, meant.port())) {
+            return Ok(app.clone());
+        }
+        if !self.is_own(address) || address.is_loopback() {
             return Err(Failed::new(Failure::NotOurs, format!("{meant} is no address of this workload")));
         }
-        if self.ports.contains(&meant.port()) {
-            let loopback = match address {
-                IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
-                IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
-            };
-            return Ok(SocketAddr::new(loopback, meant.port()));
-        }
         match self.meaning {
-            Meaning::Redirected => Ok(SocketAddr::new(address, meant.port())),
+            Meaning::Redirected => Ok(AppAddress::only(SocketAddr::new(address, meant.port()))),
             Meaning::Listener => {
                 Err(Failed::new(Failure::NotOurs, format!("port {} is not registered", meant.port())))
             }

@@ -8,9 +8,9 @@ use hyper::{
 };
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
-use super::{APP_TIMEOUT, Arrival, Inbound, as_app};
+use super::{APP_TIMEOUT, Arrival, Inbound, app_key, as_app};
 use crate::{
-    connect::{self, InUse, Key, Security, SendFailed},
+    connect::{InUse, SendFailed},
     http::{self, Body, BodyEnd, headers},
     model::{Failed, Failure, HttpVersion, Protocol, Result},
     policy::{authorization::Permit, deadline::Deadline},
@@ -88,23 +88,21 @@ impl Inbound {
         let spoken =
             if request.version() == Version::HTTP_2 { HttpVersion::Http2 } else { HttpVersion::Http1 };
         let version = claims.version.unwrap_or(spoken);
-        let key = Key { address: arrival.app, security: Security::Plain, version };
         record.inject(&record.trace().clone(), request.headers_mut());
         if http::wants_upgrade(&request) {
             http::frame_for_upgrade(&mut request, authority, || authority_of(arrival))?;
-            let (response, in_use, left_http) =
-                Box::pin(self.upgrade(request, &key, arrival, permit)).await?;
+            let (response, in_use, left_http) = Box::pin(self.upgrade(request, arrival, permit)).await?;
             return Ok(Answered { response, in_use, place, deadline: None, left_http });
         }
         headers::remove_per_hop(request.headers_mut());
         headers::frame_for(&mut request, version, authority, || authority_of(arrival))?;
-        let sending = self.send(request, &key, permit);
+        let sending = self.send(request, arrival, version, permit);
         let (response, in_use) = match deadline {
             None => sending.await?,
             Some(at) => tokio::time::timeout_at(at, sending).await.map_err(|_| {
                 Failed::new(
                     Failure::RequestTimeout,
-                    format!("{}: no answer before the caller's deadline", key.address),
+                    format!("{}: no answer before the caller's deadline", arrival.app.now()),
                 )
             })??,
         };
@@ -116,11 +114,13 @@ impl Inbound {
     async fn send(
         &self,
         request: Request<Body>,
-        key: &Key,
+        arrival: &Arrival,
+        version: HttpVersion,
         _permit: Permit,
     ) -> Result<(Response<Body>, InUse)> {
-        let lease = self.pool.lend(key, APP_TIMEOUT).await.map_err(as_app)?;
-        let may_be_stale = lease.reused && key.version == HttpVersion::Http1;
+        let lend = |address| async move { self.pool.lend(&app_key(address, version), APP_TIMEOUT).await };
+        let lease = arrival.app.reach(lend).await.map_err(as_app)?;
+        let may_be_stale = lease.reused && version == HttpVersion::Http1;
         let again = (may_be_stale && can_repeat(&request)).then(|| request_like(&request));
         let failed = match lease.send(request).await {
             Ok(answered) => return Ok(answered),
@@ -128,14 +128,14 @@ impl Inbound {
         };
         match again {
             Some(request) if failed.failed.failure == Failure::Reset => {
-                Box::pin(self.send_again(request, key)).await
+                Box::pin(self.send_again(request, arrival)).await
             }
             _ => Err(app_failed(failed)),
         }
     }
 
-    async fn send_again(&self, request: Request<Body>, key: &Key) -> Result<(Response<Body>, InUse)> {
-        let lease = connect::one_off(&self.connector, key, APP_TIMEOUT).await.map_err(as_app)?;
+    async fn send_again(&self, request: Request<Body>, arrival: &Arrival) -> Result<(Response<Body>, InUse)> {
+        let lease = self.lend_alone(arrival).await?;
         lease.send(request).await.map_err(app_failed)
     }
 
@@ -143,14 +143,12 @@ impl Inbound {
     async fn upgrade(
         &self,
         mut request: Request<Body>,
-        key: &Key,
         arrival: &Arrival,
         _permit: Permit,
     ) -> Result<(Response<Body>, InUse, bool)> {
         let method = request.method().clone();
         let client = hyper::upgrade::on(&mut request);
-        let key = Key { version: HttpVersion::Http1, ..key.clone() };
-        let lease = connect::one_off(&self.connector, &key, APP_TIMEOUT).await.map_err(as_app)?;
+        let lease = self.lend_alone(arrival).await?;
         let (mut response, in_use) = lease.send(request).await.map_err(app_failed)?;
         let left_http = http::left_http(&method, response.status());
         if left_http {

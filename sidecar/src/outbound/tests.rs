@@ -50,7 +50,7 @@ pub(super) fn stories_of(
         meaning: Meaning::Listener,
         addresses: vec![IpAddr::from([127, 0, 0, 1])],
         own_ports: Vec::new(),
-        ports: Vec::new(),
+        registered: Default::default(),
         protocol: None,
         mutual_tls: MutualTls::Permissive,
         mutual_tls_ports: Default::default(),
