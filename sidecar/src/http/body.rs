@@ -227,7 +227,8 @@ impl http_body::Body for Body {
                 } else if let Some(trailers) = frame.trailers_ref() {
                     self.grpc_status = grpc_status(trailers);
                 }
-                if self.source.is_end() {
+                // Nothing comes behind trailers, and nobody reads on: hyper's HTTP/1 does not know that it has ended.
+                if frame.is_trailers() || self.source.is_end() {
                     self.ended(BodyEnd::Complete);
                 }
             }
@@ -269,4 +270,58 @@ impl Drop for Body {
 /// The gRPC status of trailers, or of the head of an answer that has no body.
 pub fn grpc_status(headers: &HeaderMap) -> Option<u16> {
     headers.get(GRPC_STATUS)?.to_str().ok()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use http_body_util::BodyExt;
+    use hyper::{Request, client::conn::http1};
+    use hyper_util::rt::TokioIo;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    /// How the body of an answer of HTTP/1 ended for a reader that stops at its last frame, as servers do.
+    async fn ending(answer: &str) -> String {
+        let (ours, mut server) = tokio::io::duplex(4096);
+        let (mut sender, connection) = http1::handshake(TokioIo::new(ours)).await.unwrap();
+        tokio::spawn(connection);
+        let serving = async {
+            server.read(&mut [0; 1024]).await.unwrap();
+            server.write_all(answer.as_bytes()).await.unwrap();
+            drop(server);
+        };
+        let (answer, ()) = tokio::join!(sender.send_request(Request::new(Body::empty())), serving);
+        let answer = answer.unwrap();
+        let seen = Arc::new(Mutex::new(String::new()));
+        let told = seen.clone();
+        let mut body = Body::from(answer.into_body())
+            .observed(move |ended| *told.lock().unwrap() = format!("{:?} {}", ended.how, ended.bytes));
+        while let Some(frame) = body.frame().await {
+            if frame.is_err() || frame.is_ok_and(|frame| frame.is_trailers()) {
+                break;
+            }
+        }
+        drop(body);
+        let seen = seen.lock().unwrap();
+        seen.clone()
+    }
+
+    #[tokio::test]
+    async fn whatever_marks_the_end_of_a_body_it_is_complete() {
+        for body in [
+            "Transfer-Encoding: chunked\r\nTrailer: X-Sum\r\n\r\n3\r\nabc\r\n0\r\nX-Sum: 7\r\n\r\n",
+            "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+            "Content-Length: 3\r\n\r\nabc",
+            "Connection: close\r\n\r\nabc",
+        ] {
+            assert_eq!(ending(&format!("HTTP/1.1 200 OK\r\n{body}")).await, "Complete 3", "{body}");
+        }
+        let only_trailers = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX-Sum: 7\r\n\r\n";
+        assert_eq!(ending(only_trailers).await, "Complete 0");
+        let cut = ending("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nab").await;
+        assert!(cut.starts_with("Cut"), "{cut}");
+    }
 }
