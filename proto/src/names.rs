@@ -34,6 +34,9 @@ pub const HEADER_DEADLINE: &str = "x-weft-deadline";
 /// What the app spoke before the request was carried as HTTP/2: `h1` or `h2`.
 pub const HEADER_PROTOCOL: &str = "x-weft-protocol";
 
+/// The scheme of the absolute target with which the app called a proxy over HTTP/1 (`http`).
+pub const HEADER_ABSOLUTE: &str = "x-weft-absolute";
+
 /// TLS between sidecars, HTTP/2 inside.
 pub const ALPN_HTTP2: &[u8] = b"weft-h2";
 /// TLS between sidecars, HTTP/1.1 inside (upgrades and CONNECT).

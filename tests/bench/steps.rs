@@ -121,9 +121,9 @@ fn headers_frame_for(bencher: Bencher, version: HttpVersion) {
         (request, authority)
     };
     let fallback = || Authority::from_static("orders");
-    bencher
-        .with_inputs(checked)
-        .bench_local_refs(|(request, host)| headers::frame_for(request, version, host.take(), fallback));
+    bencher.with_inputs(checked).bench_local_refs(|(request, host)| {
+        headers::frame_for(request, version, host.take(), None, fallback)
+    });
 }
 
 // --- who is meant, and who takes it -----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ use h2::{
     client::{self, Connection, SendRequest},
 };
 use http_body::Body as _;
-use hyper::{Request, Response};
+use hyper::{Request, Response, Version};
 use tokio::time::{sleep, timeout};
 
 use super::SendFailed;
@@ -87,6 +87,10 @@ pub(super) fn send(
     let (mut head, body) = request.into_parts();
     headers::say_length(&mut head, body.size_hint().exact());
     let body = (!body.is_end_stream()).then_some(body);
+    if head.uri.authority().is_none() {
+        // h2 takes a target without a host from HTTP/1 only.
+        head.version = Version::HTTP_11;
+    }
     let sent = sender.send_request(Request::from_parts(head, ()), body.is_none());
     async move {
         let (answer, stream) = sent.map_err(|error| SendFailed::from_http2(&error, true))?;

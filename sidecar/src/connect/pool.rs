@@ -292,11 +292,16 @@ async fn open_http1(
     limit: Duration,
     open: Option<OpenConnection>,
 ) -> Result<Http1> {
-    let Secured { stream, peer } = connector.connect(key.address, &key.security, Alpn::Http1, limit).await?;
+    let Secured { mut stream, peer } =
+        connector.connect(key.address, &key.security, Alpn::Http1, limit).await?;
+    stream.hold_write_errors();
     let (sender, driver) = http1::Builder::new()
         .title_case_headers(true)
         .max_buf_size(HTTP1_BUFFER)
         .max_headers(HTTP1_FIELDS)
+        // RFC 9112 5.1 and 5.2: taken away and unfolded by whoever passes an answer on.
+        .allow_spaces_after_header_name_in_responses(true)
+        .allow_obsolete_multiline_headers_in_responses(true)
         .handshake(TokioIo::new(stream))
         .await
         .map_err(|error| SendFailed::from_hyper(&error, true).failed)?;

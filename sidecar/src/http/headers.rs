@@ -2,7 +2,7 @@
 //! HTTP/2 (RFC 9110 7.6, RFC 9113 8.2 and 8.3).
 
 use hyper::{
-    Method, Request, Uri, Version,
+    Method, Request, Response, Uri, Version,
     header::{self, Entry, HeaderMap, HeaderName, HeaderValue},
     http::{
         request,
@@ -23,6 +23,8 @@ pub const GRPC_RETRY_PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-
 pub const PROTOCOL: HeaderName = HeaderName::from_static(names::HEADER_PROTOCOL);
 /// How long the caller waits.
 pub const DEADLINE: HeaderName = HeaderName::from_static(names::HEADER_DEADLINE);
+/// The scheme of an absolute target, which the caller's app sent to a proxy over HTTP/1.
+pub const ABSOLUTE: HeaderName = HeaderName::from_static(names::HEADER_ABSOLUTE);
 /// The label of a failure of the mesh.
 pub const FAILURE: HeaderName = HeaderName::from_static(names::HEADER_FAILURE);
 
@@ -78,8 +80,9 @@ fn target<B>(request: &Request<B>) -> Result<()> {
     if fits { Ok(()) } else { Err(Failed::new(Failure::BadRequest, "a request target of no known form")) }
 }
 
-/// What a request says of the host it is for, read once. Refused: more than one Host, a Host that is no
-/// authority, user information, a port that is no number, or a Host that contradicts `:authority`.
+/// What a request says of the host it is for, read once; none where it says nothing, or where its Host is empty or odd and
+/// goes on as it is. Refused: more than one Host, a Host that is no authority, user information, a port that is no number,
+/// or a Host that contradicts `:authority`.
 ///
 /// # Errors
 /// [`Failure::BadRequest`].
@@ -93,11 +96,19 @@ pub fn authority<B>(request: &Request<B>) -> Result<Option<Authority>> {
     if host.is_none() && request.version() == Version::HTTP_11 {
         return bad("an HTTP/1.1 request without a Host header");
     }
+    let mut is_odd = false;
     let host = match host.map(HeaderValue::as_bytes) {
         None | Some(b"") => None,
         Some(bytes) => match Authority::try_from(bytes) {
             Ok(authority) if is_plain(&authority) => Some(authority),
-            _ => return bad("the Host header is not a host with an optional port"),
+            _ if is_odd_host(bytes) => {
+                is_odd = true;
+                None
+            }
+            _ => {
+                let shown = String::from_utf8_lossy(bytes);
+                return bad(&format!("the Host header is not a host with an optional port: {shown:?}"));
+            }
         },
     };
     match (request.uri().authority(), host) {
@@ -105,7 +116,10 @@ pub fn authority<B>(request: &Request<B>) -> Result<Option<Authority>> {
             bad("the request target carries user information or a port that is no number")
         }
         // RFC 9113 8.3.1.
-        (Some(target), Some(host)) if request.version() == Version::HTTP_2 && *target != host => {
+        (Some(target), host)
+            if request.version() == Version::HTTP_2
+                && host.as_ref().map_or(is_odd, |host| target != host) =>
+        {
             bad("the Host header and :authority differ")
         }
         // RFC 9112 3.2.2: the authority of an absolute target wins over Host.
@@ -123,6 +137,53 @@ fn is_plain(authority: &Authority) -> bool {
         && port.is_some_and(|port| {
             port.is_empty() || port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<u16>().is_ok()
         })
+}
+
+/// A host that no URI may have and that still reads in one way only: marks that clients leave as they are, and bytes that
+/// are no ASCII.
+fn is_odd_host(host: &[u8]) -> bool {
+    let colon = host.iter().position(|byte| *byte == b':').unwrap_or(host.len());
+    let (name, port) = (&host[..colon], host.get(colon + 1..).unwrap_or_default());
+    let is_port = |port: &[u8]| {
+        port.iter().all(u8::is_ascii_digit)
+            && str::from_utf8(port).is_ok_and(|port| port.parse::<u16>().is_ok())
+    };
+    let is_of_a_name =
+        |byte: &u8| byte.is_ascii_alphanumeric() || *byte >= 0x80 || b"-._~\"<>`{}|^%".contains(byte);
+    !name.is_empty() && name.iter().all(is_of_a_name) && (port.is_empty() || is_port(port))
+}
+
+/// Refuses an answer of HTTP/1 whose body has been coded for one hop in a way that would be lost on the next: its reader
+/// would take the coded bytes for the body (RFC 9112 6.1).
+///
+/// # Errors
+/// [`Failure::BadResponse`].
+pub fn check_coding<B: http_body::Body>(answer: &Response<B>) -> Result<()> {
+    if !answer.headers().contains_key(header::TRANSFER_ENCODING) || answer.body().is_end_stream() {
+        return Ok(());
+    }
+    let values = answer.headers().get_all(header::TRANSFER_ENCODING).iter();
+    let mut codings = values.flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
+    let is_framing = |coding: &[u8]| {
+        let coding = coding.trim_ascii();
+        coding.eq_ignore_ascii_case(b"chunked") || coding.eq_ignore_ascii_case(b"identity")
+    };
+    if codings.next().is_none_or(is_framing) && codings.next().is_none() {
+        return Ok(());
+    }
+    let detail = "an answer with another Transfer-Encoding than chunked, which cannot be passed on; a Content-Encoding can";
+    Err(Failed::new(Failure::BadResponse, detail))
+}
+
+/// The scheme of an absolute target, as a client of HTTP/1 sends it to a proxy. A target of HTTP/2 always has one.
+pub fn absolute_scheme<B>(request: &Request<B>) -> Option<Scheme> {
+    request.uri().scheme().filter(|_| request.version() != Version::HTTP_2).cloned()
+}
+
+/// Removes from the answer that ends HTTP on a connection what would speak of a body (RFC 9110 8.6, RFC 9112 6.1).
+pub fn remove_framing(headers: &mut HeaderMap) {
+    headers.remove(header::CONTENT_LENGTH);
+    headers.remove(header::TRANSFER_ENCODING);
 }
 
 /// Removes what belongs to the connection the message came on. `TE: trailers` stays: it is a statement of the
@@ -205,7 +266,8 @@ fn remove_where(headers: &mut HeaderMap, unwanted: impl Fn(&&HeaderName) -> bool
 }
 
 /// Gives a request the form of the next hop. `authority` is what [`check`] read; `fallback` stands where the
-/// client named none (HTTP/1.0). Goes after [`remove_per_hop`].
+/// client named none (HTTP/1.0). A target that was `absolute` at the client stays so in HTTP/1. Goes after
+/// [`remove_per_hop`].
 ///
 /// # Errors
 /// [`Failure::BadRequest`] where the target has no form on that hop.
@@ -213,6 +275,7 @@ pub fn frame_for<B: http_body::Body>(
     request: &mut Request<B>,
     version: HttpVersion,
     authority: Option<Authority>,
+    absolute: Option<Scheme>,
     fallback: impl FnOnce() -> Authority,
 ) -> Result<()> {
     if request.method() == Method::CONNECT {
@@ -221,13 +284,22 @@ pub fn frame_for<B: http_body::Body>(
     let path = path_of(request.uri())?;
     match version {
         HttpVersion::Http2 => {
-            *request.uri_mut() = uri(Some(Scheme::HTTP), Some(authority.unwrap_or_else(fallback)), path)?;
-            request.headers_mut().remove(header::HOST);
+            // An empty or odd Host stays what it is, without `:authority` (RFC 9113 8.3.1).
+            let goes_on = authority.is_none() && request.headers().contains_key(header::HOST);
+            *request.uri_mut() = if goes_on {
+                uri(None, None, path)?
+            } else {
+                request.headers_mut().remove(header::HOST);
+                uri(Some(Scheme::HTTP), Some(authority.unwrap_or_else(fallback)), path)?
+            };
             *request.version_mut() = Version::HTTP_2;
         }
         HttpVersion::Http1 => {
+            *request.uri_mut() = match absolute {
+                Some(scheme) => uri(Some(scheme), authority.clone(), path)?,
+                None => uri(None, None, path)?,
+            };
             set_host(request.headers_mut(), authority, fallback)?;
-            *request.uri_mut() = uri(None, None, path)?;
             *request.version_mut() = Version::HTTP_11;
             say_that_a_body_comes(request);
             join_cookies(request.headers_mut());

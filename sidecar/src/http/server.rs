@@ -2,16 +2,21 @@
 
 use std::{
     future::Future,
+    pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use hyper::{Request, Response, body::Incoming, service::service_fn};
+use http_body::Body as _;
+use hyper::{Request, Response, Uri, body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::time::{sleep, timeout};
+use tokio::{
+    io::AsyncReadExt,
+    time::{sleep, timeout},
+};
 
 use super::{Body, respond::refuse_stream, streams::Streams, waiting::HeadTimer};
 use crate::{
@@ -102,6 +107,9 @@ const MIN_BUFFER: usize = 8192;
 /// Of a client without an identity.
 const STRANGER_WINDOW: u32 = 1024 * 1024;
 const STRANGER_SEND_BUFFER: usize = 16 * 1024;
+/// How long a client may go on sending a request that was answered, and how long it may be silent then.
+const LINGER: Duration = Duration::from_secs(30);
+const LINGER_SILENCE: Duration = Duration::from_secs(5);
 /// A silent HTTP/2 peer is asked whether it lives after this long.
 const PING_AFTER: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
@@ -149,17 +157,21 @@ where
     let timer = HeadTimer::new(stream.count_reads(), limits.header_timeout);
     let reset = stream.cut_flag();
     let half_close = stream.half_close();
+    stream.note_reads();
     let mut builder = http1(limits, timer.clone());
     builder.half_close(half_close.is_some());
-    let service = service_fn(|request| {
+    // Of the last request: its client may still be sending it when the answer is out.
+    let has_body = AtomicBool::new(false);
+    let service = service_fn(|request: Request<Incoming>| {
         if let Some(half_close) = &half_close {
             half_close.request_came();
         }
+        has_body.store(!request.body().is_end_stream(), Ordering::Relaxed);
         // Boxed, or hyper would keep room for it while the connection is idle.
         Box::pin(answer(request))
     });
-    let mut connection =
-        std::pin::pin!(builder.serve_connection(TokioIo::new(stream), service).with_upgrades());
+    let mut connection = builder.serve_connection(TokioIo::new(stream), service).with_upgrades();
+    let mut serving = Pin::new(&mut connection);
     let looking = async {
         match &half_close {
             Some(half_close) => half_close.keep_looking().await,
@@ -168,19 +180,21 @@ where
     };
     let ended = tokio::select! {
         biased;
-        ended = connection.as_mut() => ended,
+        ended = serving.as_mut() => ended,
         () = timer.keep_time() => return Ok(()),
         () = looking => return Ok(()),
         why = stop => {
-            connection.as_mut().graceful_shutdown();
+            serving.as_mut().graceful_shutdown();
             let ending = async {
                 tokio::select! {
                     biased;
-                    ended = connection.as_mut() => ended,
+                    ended = serving.as_mut() => ended,
                     () = timer.keep_time() => Ok(()),
                 }
             };
             let in_time = timeout(drain_timeout, ending).await;
+            // Whoever is told to stop waits for nobody who has had an answer.
+            has_body.store(false, Ordering::Relaxed);
             in_time.map_err(|_| cut.because(still_in_flight(&why, drain_timeout)))?
         }
     };
@@ -190,8 +204,33 @@ where
     }
     match ended {
         Err(error) if error.is_timeout() && timer.is_idle() => Ok(()),
+        Ok(()) if has_body.load(Ordering::Relaxed) => {
+            // Boxed, as it is rare.
+            let lingering = connection.into_parts().map(|parts| Box::pin(linger(parts.io.into_inner())));
+            if let Some(lingering) = lingering {
+                lingering.await;
+            }
+            Ok(())
+        }
+        Err(error) if error.is_parse() => {
+            let mut failed = client_failure(&error);
+            let stream = connection.into_parts().map(|parts| parts.io.into_inner());
+            if let Some(target) = stream.as_ref().and_then(|stream| unreadable_target(stream.noted())) {
+                failed.detail = format!("{}, the target {target:?}", failed.detail);
+            }
+            Err(failed)
+        }
         ended => ended.map_err(|error| client_failure(&error)),
     }
+}
+
+/// Reads on, to nowhere, after the last answer: a client that is still sending its request would be reset, and might lose
+/// the answer by it (RFC 9112 9.6). Ends with the client.
+async fn linger(mut stream: Stream) {
+    let mut nowhere = vec![0; MIN_BUFFER];
+    let reading =
+        async { while let Ok(Ok(1..)) = timeout(LINGER_SILENCE, stream.read(&mut nowhere)).await {} };
+    let _ = timeout(LINGER, reading).await;
 }
 
 async fn serve_http2<Answer, Answering>(
@@ -290,6 +329,23 @@ fn http2(limits: &HttpLimits) -> hyper::server::conn::http2::Builder<TokioExecut
     builder
 }
 
+/// The target of a request line among these bytes that is no URI.
+fn unreadable_target(bytes: &[u8]) -> Option<String> {
+    let mut lines = bytes.split(|byte| *byte == b'\n').peekable();
+    while let Some(line) = lines.next() {
+        let mut words = line.split(|byte| *byte == b' ');
+        let (_method, target, version) = (words.next(), words.next(), words.next());
+        let is_cut = lines.peek().is_none();
+        if let Some(target) = target
+            && version.map_or(is_cut, |version| version.starts_with(b"HTTP/"))
+            && Uri::try_from(target).is_err()
+        {
+            return Some(String::from_utf8_lossy(target).into_owned());
+        }
+    }
+    None
+}
+
 fn client_failure(error: &hyper::Error) -> Failed {
     let http2 = std::error::Error::source(error).and_then(|cause| cause.downcast_ref::<h2::Error>());
     let failure = if error.is_parse_too_large() {
@@ -304,4 +360,27 @@ fn client_failure(error: &hyper::Error) -> Failed {
     };
     let cause = std::error::Error::source(error).map(|cause| format!(": {cause}")).unwrap_or_default();
     Failed::new(failure, format!("{error}{cause}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_target_that_cannot_be_read_is_found() {
+        let cases: [(&[u8], Option<&str>); 8] = [
+            (b"GET /a<b HTTP/1.1\r\nHost: orders\r\n\r\n", Some("/a<b")),
+            (b"GET /?q=\"1\" HTTP/1.1\r\n", Some("/?q=\"1\"")),
+            (b"GET /\xff HTTP/1.1\r\n", Some("/\u{fffd}")),
+            // behind another request, and too long for what was noted
+            (b"GET /a HTTP/1.1\r\nHost: a\r\n\r\nGET /b`c HTTP/1.1\r\n", Some("/b`c")),
+            (b"GET /a`and-so-on", Some("/a`and-so-on")),
+            (b"GET /a HTTP/1.1\r\nX: <a> b\r\nReferer: http://<a>\r\n\r\n", None),
+            (b"no request", None),
+            (b"", None),
+        ];
+        for (bytes, target) in cases {
+            assert_eq!(unreadable_target(bytes).as_deref(), target, "{}", String::from_utf8_lossy(bytes));
+        }
+    }
 }

@@ -63,7 +63,8 @@ pub fn frame_for_upgrade<B: http_body::Body>(
     if request.method() == Method::CONNECT {
         headers::set_host(request.headers_mut(), authority, fallback)?;
     } else {
-        headers::frame_for(request, HttpVersion::Http1, authority, fallback)?;
+        let absolute = headers::absolute_scheme(request);
+        headers::frame_for(request, HttpVersion::Http1, authority, absolute, fallback)?;
     }
     if let Some(wanted) = wanted {
         request.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
@@ -120,6 +121,7 @@ async fn stream_below(upgrade: OnUpgrade) -> io::Result<Stream> {
         .downcast::<TokioIo<Stream>>()
         .map_err(|_| io::Error::other("an upgraded connection that is not one of ours"))?;
     let mut stream = parts.io.into_inner();
+    stream.only_carry();
     if !parts.read_buf.is_empty() {
         stream.unread(parts.read_buf);
     }

@@ -4,7 +4,7 @@ use hyper::{
     Method, Request, Response, Version,
     body::Incoming,
     header::{HeaderMap, HeaderValue},
-    http::uri::Authority,
+    http::uri::{Authority, Scheme},
 };
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
@@ -94,8 +94,9 @@ impl Inbound {
             let (response, in_use, left_http) = Box::pin(self.upgrade(request, arrival, permit)).await?;
             return Ok(Answered { response, in_use, place, deadline: None, left_http });
         }
+        let absolute = claims.absolute.or_else(|| headers::absolute_scheme(&request));
         headers::remove_per_hop(request.headers_mut());
-        headers::frame_for(&mut request, version, authority, || authority_of(arrival))?;
+        headers::frame_for(&mut request, version, authority, absolute, || authority_of(arrival))?;
         let sending = self.send(request, arrival, version, permit);
         let (response, in_use) = match deadline {
             None => sending.await?,
@@ -162,6 +163,8 @@ impl Inbound {
 /// What a sidecar tells of a request. Removed from every request, believed from a sidecar.
 struct Claims {
     version: Option<HttpVersion>,
+    /// The scheme of an absolute target.
+    absolute: Option<Scheme>,
     deadline: Option<HeaderValue>,
 }
 
@@ -173,9 +176,10 @@ impl Claims {
             Some(b"h2") => Some(HttpVersion::Http2),
             _ => None,
         };
+        let absolute = take(headers::ABSOLUTE).and_then(|scheme| Scheme::try_from(scheme.as_bytes()).ok());
         let deadline = take(headers::DEADLINE);
         headers::remove_ours(headers);
-        Claims { version, deadline }
+        Claims { version, absolute, deadline }
     }
 }
 
@@ -184,7 +188,9 @@ fn observed(answered: Answered, mut record: Record) -> Response<Body> {
     let Answered { response, in_use, place, deadline, left_http } = answered;
     let (mut head, body) = response.into_parts();
     http::begin_answer(&mut record, &head);
-    if !left_http {
+    if left_http {
+        headers::remove_framing(&mut head.headers);
+    } else {
         headers::remove_per_hop(&mut head.headers);
     }
     headers::remove_ours(&mut head.headers);

@@ -117,8 +117,15 @@ impl Outbound {
             Security::Mesh(_) => HttpVersion::Http2,
             Security::Plain | Security::Forbidden => spoken,
         };
+        let absolute = headers::absolute_scheme(&request);
         headers::remove_per_hop(request.headers_mut());
-        headers::frame_for(&mut request, version, authority, || authority_of(upstream))?;
+        if let Some(scheme) = absolute.as_ref().filter(|_| version != spoken)
+            && let Ok(scheme) = HeaderValue::from_str(scheme.as_str())
+        {
+            // Only a sidecar is told: nobody else is sent another version than was spoken.
+            request.headers_mut().insert(headers::ABSOLUTE, scheme);
+        }
+        headers::frame_for(&mut request, version, authority, absolute, || authority_of(upstream))?;
         let (head, body) = request.into_parts();
         let body = Replay::new(body, known.policy.retries.body_bytes, || record.count_request_bytes());
         let is_grpc = headers::is_grpc(&head.headers);
@@ -446,7 +453,9 @@ fn observed(answered: Answered, mut record: Record, place: OwnedSemaphorePermit)
     let Answered { response, in_use, picked, deadline, left_http } = answered;
     let (mut head, body) = response.into_parts();
     http::begin_answer(&mut record, &head);
-    if !left_http {
+    if left_http {
+        headers::remove_framing(&mut head.headers);
+    } else {
         headers::remove_per_hop(&mut head.headers);
     }
     if in_use.as_ref().is_some_and(|in_use| in_use.peer().is_none()) {

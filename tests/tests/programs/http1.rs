@@ -1,7 +1,7 @@
 //! HTTP/1: curl and hand-written bytes against nginx and an app that tells what it got.
 
 use serde_json::Value;
-use weft_tests::{Pod, until};
+use weft_tests::{Pod, output_of, until};
 
 use super::pair::{CURL, NGINX, PYTHON, Pair, ROOT, can_run, comparable, curl, headers, say};
 
@@ -63,7 +63,7 @@ fn what_nginx_answers_over_http1_is_the_same() {
 }
 
 /// Requests to the app that tells what it got.
-const TOLD_CASES: [&str; 9] = [
+const TOLD_CASES: [&str; 14] = [
     "http://orders:8080/path/%20%2F?a=b&c=%00#fragment",
     "-d name=value http://orders:8080/form",
     "-X PUT --data-binary @BODY http://orders:8080/put",
@@ -73,6 +73,12 @@ const TOLD_CASES: [&str; 9] = [
     "-X PURGE -H X-Empty; -H X-Twice:1 -H X-Twice:2 -H Cookie:a=1;b=2 http://orders:8080/headers",
     "-A agent -u user:password -e http://referer/ http://orders:8080/usual",
     "-H Host:elsewhere.example:99 http://orders:8080/host",
+    "-H Host; http://orders:8080/empty-host",
+    "-H Host:a<b>\"c`:80 http://orders:8080/odd-host",
+    // the app is a forward proxy
+    "-x http://orders:8080 http://elsewhere.example/a?b=c",
+    "-x http://orders:8080 -d name=value http://elsewhere.example:81",
+    "-x http://orders:8080 --request-target https://elsewhere.example/a http://elsewhere.example/",
 ];
 
 #[test]
@@ -133,6 +139,151 @@ fn odd_answers_are_the_same() {
         assert_eq!(ask(&pair.client, path), direct, "{path}");
     }
     pair.assert_secured();
+}
+
+#[test]
+fn what_an_answer_may_not_have_is_mended_or_refused() {
+    if !can_run(&[ROOT, CURL, PYTHON]) {
+        return;
+    }
+    let mut pair = Pair::direct(&["orders"]);
+    let folder = pair.folder("answers");
+    let _app = pair.start_app("http_app.py", 8080);
+    pair.weave(&[("orders", 8080)]);
+    let ask = |path: &str| curl(&pair.client, &folder, &[&format!("http://orders:8080/{path}")]);
+    let spaced = ask("spaced");
+    assert!(spaced.outcome.starts_with("200 "), "{spaced:?}");
+    let field =
+        |name: &str| spaced.headers.iter().find(|(other, _)| other == name).map(|(_, value)| value.as_str());
+    assert_eq!(
+        (field("x-spaced"), field("x-folded"), field("content-length")),
+        (Some("yes"), Some("one two"), Some("2"))
+    );
+    for path in ["coded", "coded-until-close"] {
+        let refused = ask(path);
+        assert!(refused.outcome.starts_with("502 "), "{path}: {refused:?}");
+        pair.to.as_ref().unwrap().wait_for_failure("bad_response", &["Transfer-Encoding"]);
+    }
+}
+
+#[test]
+fn an_answer_that_comes_before_the_body_was_read_is_passed_on() {
+    if !can_run(&[ROOT, CURL, PYTHON]) {
+        return;
+    }
+    let mut pair = Pair::direct(&["orders"]);
+    let folder = pair.folder("answers");
+    let upload = folder.join("upload");
+    std::fs::write(&upload, vec![7; 30_000_000]).unwrap();
+    let _app = pair.start_app("http_app.py", 8080);
+    pair.weave(&[("orders", 8080)]);
+    let upload = format!("@{}", upload.display());
+    for coding in ["X-None: 1", "Transfer-Encoding: chunked"] {
+        for _ in 0..10 {
+            let full = [
+                "-X",
+                "POST",
+                "-H",
+                "Expect:",
+                "-H",
+                coding,
+                "--data-binary",
+                &upload,
+                "http://orders:8080/full",
+            ];
+            let answer = curl(&pair.client, &folder, &full);
+            assert!(answer.outcome.starts_with("413 "), "{coding}: {answer:?}");
+            assert_eq!(
+                std::fs::read(folder.join("body")).unwrap(),
+                b"full\n".repeat(4000),
+                "{coding}: {answer:?}"
+            );
+        }
+    }
+    for _ in 0..3 {
+        assert_eq!(sends_first(&pair.client), "413 True\n");
+    }
+    let sides = [pair.from.as_ref().unwrap(), pair.to.as_ref().unwrap()];
+    for line in sides.iter().flat_map(|sidecar| sidecar.access_log()) {
+        assert!(line["path"] != "/full" || line["failure"].is_null() && line["status"] == 413, "{line}");
+    }
+}
+
+/// What a client got that sends all of its request before it reads.
+fn sends_first(pod: &Pod) -> String {
+    const PROGRAM: &str = "import http.client\n\
+        connection = http.client.HTTPConnection('orders', 8080, timeout=15)\n\
+        connection.request('POST', '/full', b'x' * 30_000_000)\n\
+        answer = connection.getresponse()\n\
+        print(answer.status, len(answer.read()) > 0)";
+    let mut client = pod.command("python3");
+    client.args(["-c", PROGRAM]);
+    output_of(client)
+}
+
+#[test]
+fn a_client_that_reads_only_when_all_is_sent_gets_an_early_answer() {
+    if !can_run(&[ROOT, NGINX, PYTHON]) {
+        return;
+    }
+    let mut pair = Pair::direct(&["orders"]);
+    let _nginx = pair.start_nginx("server { listen 8080; client_max_body_size 1k; }", 8080);
+    assert_eq!(sends_first(&pair.client), "413 True\n");
+    pair.weave(&[("orders", 8080)]);
+    for _ in 0..5 {
+        assert_eq!(sends_first(&pair.client), "413 True\n");
+    }
+    pair.assert_secured();
+}
+
+#[test]
+fn an_answer_with_trailers_is_complete_and_its_connection_is_used_again() {
+    if !can_run(&[ROOT, CURL, PYTHON]) {
+        return;
+    }
+    let mut pair = Pair::direct(&["orders"]);
+    let folder = pair.folder("answers");
+    let app = pair.start_app("http_app.py", 8080);
+    pair.weave(&[("orders", 8080)]);
+    let stranger = pair.mesh.network.pod("stranger");
+    let url = format!("http://{}:8080/chunked", pair.server.ipv4());
+    // Read by a server of HTTP/2 for the peer, and by one of HTTP/1 for the stranger.
+    for _ in 0..3 {
+        for caller in [&pair.client, &stranger] {
+            let answer = curl(caller, &folder, &["-H", "TE: trailers", &url]);
+            assert!(answer.outcome.starts_with("200 "), "{answer:?}");
+        }
+    }
+    assert_eq!(app.log().matches("accepted").count(), 1, "{}", app.log());
+    let sides = [pair.from.as_ref().unwrap(), pair.to.as_ref().unwrap()];
+    let lines: Vec<_> = sides.iter().flat_map(|sidecar| sidecar.access_log()).collect();
+    assert_eq!(lines.len(), 9, "{lines:?}");
+    for line in lines {
+        assert!(line["path"] == "/chunked" && line["failure"].is_null(), "{line}");
+    }
+}
+
+#[test]
+fn an_answer_that_leaves_http_may_speak_of_a_body() {
+    if !can_run(&[ROOT, PYTHON]) {
+        return;
+    }
+    let mut pair = Pair::direct(&["orders"]);
+    let _app = pair.start_app("http_app.py", 8080);
+    pair.weave(&[("orders", 8080)]);
+    for which in ["length", "coding"] {
+        let connect = format!(r"CONNECT {which}:80 HTTP/1.1\r\nHost: {which}:80\r\n\r\n");
+        let upgrade = format!(
+            r"GET /{which} HTTP/1.1\r\nHost: orders\r\nConnection: Upgrade\r\nUpgrade: shout\r\n\r\n"
+        );
+        for (request, status) in [(&connect, "200"), (&upgrade, "101")] {
+            let told =
+                say(&pair.client, "orders", 8080, &["--half-close", request, &format!("?{status}"), "shout"]);
+            assert!(told.ends_with("\r\n\r\nSHOUTBYE"), "{request}: {told}");
+            let head = told.to_lowercase();
+            assert!(!head.contains("content-length") && !head.contains("transfer-encoding"), "{told}");
+        }
+    }
 }
 
 #[test]

@@ -14,12 +14,13 @@ pub const NGINX: Need = Need::Program("nginx", "nginx-light");
 pub const PYTHON: Need = Need::Program("python3", "python3");
 
 /// Header fields that may differ through two sidecars, and why: the table of docs/differences.md.
-pub const DOCUMENTED_DIFFERENCES: [(&str, &str); 7] = [
+pub const DOCUMENTED_DIFFERENCES: [(&str, &str); 8] = [
     (
         "connection",
         "belongs to one hop; the sidecar keeps its clients' connections where an app would close them",
     ),
     ("keep-alive", "belongs to one hop"),
+    ("proxy-connection", "belongs to one hop"),
     ("transfer-encoding", "belongs to one hop: a body of unknown length is framed anew"),
     ("te", "belongs to one hop, apart from `trailers`"),
     ("trailer", "announces the trailers of one hop's framing"),

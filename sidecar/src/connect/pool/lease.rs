@@ -22,7 +22,7 @@ use crate::{
         http2::{self, STREAMS, is_open},
         standing::Standing,
     },
-    http::{Body, Sending},
+    http::{Body, Sending, headers},
     model::Failed,
     tls::VerifiedPeer,
 };
@@ -202,6 +202,7 @@ fn send_http1(
     http1.sender.try_send_request(request).map(|sent| {
         let response =
             sent.map_err(|error| SendFailed::from_hyper(error.error(), error.message().is_some()))?;
+        headers::check_coding(&response)?;
         Ok(response.map(Body::from))
     })
 }

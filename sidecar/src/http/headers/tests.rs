@@ -1,6 +1,8 @@
-use hyper::{HeaderMap, Request, Version, http::uri::Authority};
+use hyper::{HeaderMap, Request, Response, Version, http::uri::Authority};
 
-use super::{authority, check, clean_trailers, frame_for, remove_ours, remove_per_hop};
+use super::{
+    absolute_scheme, authority, check, check_coding, clean_trailers, frame_for, remove_ours, remove_per_hop,
+};
 use crate::{
     http::Body,
     model::{Failure, HttpVersion},
@@ -21,7 +23,7 @@ fn asks(method: &str, version: Version, uri: &str, headers: &[(&str, &str)]) -> 
 #[test]
 fn a_host_that_reads_two_ways_is_refused() {
     type Headers = &'static [(&'static str, &'static str)];
-    let cases: [(Version, &str, Headers); 11] = [
+    let cases: [(Version, &str, Headers); 12] = [
         (Version::HTTP_11, "/", &[]),
         (Version::HTTP_11, "/", &[("host", "a"), ("host", "a")]),
         (Version::HTTP_11, "/", &[("host", "a/b")]),
@@ -33,6 +35,7 @@ fn a_host_that_reads_two_ways_is_refused() {
         (Version::HTTP_11, "http://a:+1/", &[("host", "a")]),
         (Version::HTTP_11, "http://user@a/", &[("host", "a")]),
         (Version::HTTP_2, "http://a/", &[("host", "b")]),
+        (Version::HTTP_2, "http://a/", &[("host", "<a>")]),
     ];
     for (version, uri, headers) in cases {
         let refused = authority(&request(version, uri, headers)).unwrap_err();
@@ -100,13 +103,13 @@ fn a_request_changes_its_framing_and_says_the_same() {
     let fallback = || Authority::from_static("fallback");
     let mut there = request(Version::HTTP_11, "/a?b=c", &[("host", "orders:8080"), ("cookie", "a=1")]);
     let named = authority(&there).unwrap();
-    frame_for(&mut there, HttpVersion::Http2, named, fallback).unwrap();
+    frame_for(&mut there, HttpVersion::Http2, named, None, fallback).unwrap();
     assert_eq!(there.uri(), "http://orders:8080/a?b=c");
     assert_eq!((there.version(), there.headers().contains_key("host")), (Version::HTTP_2, false));
     there.headers_mut().append("cookie", "b=2".parse().unwrap());
 
     let named = authority(&there).unwrap();
-    frame_for(&mut there, HttpVersion::Http1, named, fallback).unwrap();
+    frame_for(&mut there, HttpVersion::Http1, named, None, fallback).unwrap();
     assert_eq!((there.uri().to_string().as_str(), there.version()), ("/a?b=c", Version::HTTP_11));
     assert_eq!(there.headers()["host"], "orders:8080");
     assert_eq!(there.headers()["cookie"], "a=1; b=2");
@@ -115,12 +118,87 @@ fn a_request_changes_its_framing_and_says_the_same() {
 #[test]
 fn an_old_client_without_a_host_and_options_star_keep_a_form() {
     let mut old = request(Version::HTTP_10, "/x", &[]);
-    frame_for(&mut old, HttpVersion::Http2, None, || Authority::from_static("10.0.0.1:80")).unwrap();
+    frame_for(&mut old, HttpVersion::Http2, None, None, || Authority::from_static("10.0.0.1:80")).unwrap();
     assert_eq!(old.uri(), "http://10.0.0.1:80/x");
     let mut star = request(Version::HTTP_11, "*", &[("host", "a")]);
     let named = authority(&star).unwrap();
-    frame_for(&mut star, HttpVersion::Http1, named, || Authority::from_static("x")).unwrap();
+    frame_for(&mut star, HttpVersion::Http1, named, None, || Authority::from_static("x")).unwrap();
     assert_eq!(star.uri(), "*");
+}
+
+#[test]
+fn an_absolute_target_stays_absolute_towards_http1() {
+    let fallback = || Authority::from_static("fallback");
+    for (target, there, on_the_way) in [
+        ("http://other/a?b", "http://other/a?b", "http://other/a?b"),
+        ("https://other:8443", "https://other:8443/", "http://other:8443/"),
+        ("ftp://other/a", "ftp://other/a", "http://other/a"),
+    ] {
+        let begin = || request(Version::HTTP_11, target, &[("host", "orders")]);
+        let absolute = absolute_scheme(&begin());
+        let mut direct = begin();
+        let named = authority(&direct).unwrap();
+        frame_for(&mut direct, HttpVersion::Http1, named.clone(), absolute.clone(), fallback).unwrap();
+        assert_eq!((direct.uri().to_string().as_str(), direct.version()), (there, Version::HTTP_11));
+
+        let mut meshed = begin();
+        frame_for(&mut meshed, HttpVersion::Http2, named, absolute.clone(), fallback).unwrap();
+        assert_eq!(meshed.uri(), on_the_way);
+        assert!(absolute_scheme(&meshed).is_none(), "a target of HTTP/2 says nothing");
+        let named = authority(&meshed).unwrap();
+        frame_for(&mut meshed, HttpVersion::Http1, named, absolute, fallback).unwrap();
+        assert_eq!(meshed.uri().to_string(), there);
+        assert_eq!(meshed.headers()["host"], meshed.uri().authority().unwrap().as_str());
+    }
+    assert!(absolute_scheme(&request(Version::HTTP_11, "/a", &[])).is_none());
+}
+
+#[test]
+fn an_empty_or_odd_host_stays_what_it_is() {
+    let fallback = || Authority::from_static("fallback");
+    for host in
+        [&b""[..], b"a<b>", b"a\"b`c:80", b"caf\xe9", b"caf\xc3\xa9.example:8080", b"{a}|b^c", b"a%20b"]
+    {
+        let mut there = request(Version::HTTP_11, "/x", &[]);
+        there.headers_mut().insert("host", host.try_into().unwrap());
+        for version in [HttpVersion::Http2, HttpVersion::Http1] {
+            let named = check(&there, 100).unwrap();
+            frame_for(&mut there, version, named, None, fallback).unwrap();
+            assert_eq!((there.headers()["host"].as_bytes(), there.uri().to_string().as_str()), (host, "/x"));
+        }
+    }
+    for host in ["a<b/c", "<@b", "a<b, c", "a<b:80:80", "a<b:http", "<a:99999", ":<", "a\\<b", "<a b"] {
+        let refused = check(&request(Version::HTTP_11, "/", &[("host", host)]), 100).unwrap_err();
+        assert!(refused.detail.contains(&format!("{host:?}")), "{refused}");
+    }
+}
+
+#[test]
+fn an_answer_with_a_coding_that_would_be_lost_is_refused() {
+    let answer = |codings: &[&str], body: &'static str| {
+        let mut answer = Response::new(Body::whole(body));
+        for coding in codings {
+            answer.headers_mut().append("transfer-encoding", coding.parse().unwrap());
+        }
+        answer
+    };
+    let lost: [&[&str]; 6] = [
+        &["gzip, chunked"],
+        &["gzip", "chunked"],
+        &["GZIP"],
+        &["chunked, chunked"],
+        &["chunked", "chunked"],
+        &["chunked, gzip"],
+    ];
+    for codings in lost {
+        let refused = check_coding(&answer(codings, "body")).unwrap_err();
+        assert_eq!(refused.failure, Failure::BadResponse, "{codings:?}");
+        check_coding(&answer(codings, "")).unwrap();
+    }
+    let carried: [&[&str]; 4] = [&[], &["chunked"], &["Chunked "], &["identity"]];
+    for codings in carried {
+        check_coding(&answer(codings, "body")).unwrap();
+    }
 }
 
 #[test]
@@ -167,7 +245,7 @@ fn a_length_or_target_that_reads_two_ways_is_refused() {
 fn the_host_of_an_absolute_target_replaces_the_other() {
     let mut there = request(Version::HTTP_11, "http://orders/x", &[("host", "evil")]);
     let named = authority(&there).unwrap();
-    frame_for(&mut there, HttpVersion::Http1, named, || Authority::from_static("fallback")).unwrap();
+    frame_for(&mut there, HttpVersion::Http1, named, None, || Authority::from_static("fallback")).unwrap();
     assert_eq!(
         (there.uri().to_string().as_str(), &there.headers()["host"]),
         ("/x", &"orders".parse().unwrap())
@@ -178,7 +256,7 @@ fn the_host_of_an_absolute_target_replaces_the_other() {
 fn a_get_with_a_body_of_unknown_length_keeps_it() {
     let mut there = request(Version::HTTP_2, "http://orders/x", &[]).map(|_| Body::whole("body"));
     let named = authority(&there).unwrap();
-    frame_for(&mut there, HttpVersion::Http1, named, || Authority::from_static("fallback")).unwrap();
+    frame_for(&mut there, HttpVersion::Http1, named, None, || Authority::from_static("fallback")).unwrap();
     assert_eq!(there.headers()["transfer-encoding"], "chunked");
 }
 
@@ -200,7 +278,8 @@ fn a_request_line_always_has_a_path() {
     {
         let mut there = request(Version::HTTP_11, uri, &[("host", "orders")]);
         let named = check(&there, 100).unwrap();
-        frame_for(&mut there, HttpVersion::Http1, named, || Authority::from_static("fallback")).unwrap();
+        frame_for(&mut there, HttpVersion::Http1, named, None, || Authority::from_static("fallback"))
+            .unwrap();
         assert_eq!(there.uri().to_string(), expected, "{uri}");
     }
 }

@@ -3,6 +3,7 @@
 usage: http_app.py PORT [NAME]
 """
 
+import gzip
 import hashlib
 import json
 import socket
@@ -10,11 +11,20 @@ import socketserver
 import sys
 import time
 
+# Answers that leave HTTP must not speak of a body, and some do.
+LENGTHS = {
+    "length:80": "Content-Length: 5\r\n",
+    "/length": "Content-Length: 5\r\n",
+    "coding:80": "Transfer-Encoding: chunked\r\n",
+    "/coding": "Transfer-Encoding: chunked\r\n",
+}
+FULL = b"full\n" * 4000
 NAME = sys.argv[2] if len(sys.argv) > 2 else "app"
 
 
 class Handler(socketserver.StreamRequestHandler):
     def handle(self):
+        print("accepted", flush=True)
         while self.request_line():
             pass
 
@@ -26,9 +36,15 @@ class Handler(socketserver.StreamRequestHandler):
         fields = self.fields()
         values = {name.lower(): value for name, value in fields}
         if method == "CONNECT":
-            return self.leave_http("200 OK", "")
+            return self.leave_http("200 OK", LENGTHS.get(target, ""))
         if values.get("upgrade") == "shout":
-            return self.leave_http("101 Switching Protocols", "Connection: Upgrade\r\nUpgrade: shout\r\n")
+            length = LENGTHS.get(target, "")
+            return self.leave_http("101 Switching Protocols", f"Connection: Upgrade\r\nUpgrade: shout\r\n{length}")
+        if target == "/full":
+            # whoever closes with bytes unread resets the connection
+            self.head("413 Content Too Large", f"Connection: close\r\nContent-Length: {len(FULL)}\r\n")
+            self.wfile.write(FULL)
+            return False
         if values.get("expect") == "100-continue":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body, trailers = self.body(values)
@@ -74,6 +90,17 @@ class Handler(socketserver.StreamRequestHandler):
             print("waits", flush=True)
             self.rfile.read(1)
             print("the caller is gone", flush=True)
+            return False
+        elif path == "/spaced":
+            self.head("200 OK", "X-Spaced : yes\r\nX-Folded: one\r\n two\r\nContent-Length : 2\r\n")
+            self.wfile.write(b"ok")
+        elif path == "/coded":
+            coded = gzip.compress(b"text")
+            self.head("200 OK", "Transfer-Encoding: gzip, chunked\r\n")
+            self.wfile.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(coded), coded))
+        elif path == "/coded-until-close":
+            self.head("200 OK", "Transfer-Encoding: gzip\r\n")
+            self.wfile.write(gzip.compress(b"text"))
             return False
         elif path == "/none":
             self.head("204 No Content", "X-Nothing: here\r\n")
