@@ -39,7 +39,7 @@ use crate::{
     limit::Limit,
     listener::{Accepting, Connection, accept},
     metrics::Metrics,
-    service::{Face, Guesses, Lifetimes, Service},
+    service::{Face, Guesses, Lifetimes, Service, Streams},
     token::Tokens,
     upkeep::{Tls, Upkeep, make_tls},
 };
@@ -151,8 +151,7 @@ impl Server {
             metrics: metrics.clone(),
             lifetimes: self.options.lifetimes,
             guesses: Guesses::default(),
-            // A stream holds its connection: some must stay for those who want a certificate.
-            max_watchers: (self.max_connections - self.max_connections / 4).max(1),
+            streams: Streams::new(self.max_connections),
             lines: Limit::new(LINES_PER_MINUTE),
         };
         let upkeep = Upkeep {

@@ -13,7 +13,10 @@ use std::{
 };
 
 use futures_util::{Stream, StreamExt, stream};
-use tokio::{sync::watch, time::Instant};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    time::Instant,
+};
 use tokio_stream::wrappers::WatchStream;
 use tonic::{Request, Response, Status};
 use weft_proto::{
@@ -71,10 +74,31 @@ pub struct Service {
     pub lifetimes: Lifetimes,
     /// Who has tried wrong tokens.
     pub guesses: Guesses,
-    /// Streams of the trust bundle at a time.
-    pub max_watchers: usize,
+    /// Places for streams of the trust bundle.
+    pub streams: Streams,
     /// Lines of the log about certificates that could not be given.
     pub lines: Limit,
+}
+
+/// Places for streams of the trust bundle. A stream holds its connection for an hour, so strangers, who may have the
+/// bundle too, get fewer of them than workloads that show their certificate, and both leave connections for those who
+/// want a certificate.
+pub struct Streams {
+    workloads: Arc<Semaphore>,
+    strangers: Arc<Semaphore>,
+}
+
+impl Streams {
+    /// Half of the connections for workloads, a quarter for strangers.
+    pub fn new(max_connections: usize) -> Self {
+        let places = |count: usize| Arc::new(Semaphore::new(count.clamp(1, Semaphore::MAX_PERMITS)));
+        Streams { workloads: places(max_connections / 2), strangers: places(max_connections / 4) }
+    }
+
+    fn enter(&self, caller: &Caller) -> Option<OwnedSemaphorePermit> {
+        let places = if caller.leaf.is_some() { &self.workloads } else { &self.strangers };
+        places.clone().try_acquire_owned().ok()
+    }
 }
 
 /// The gRPC face of a shared [`Service`].
@@ -310,10 +334,10 @@ impl CertificateAuthority for Face {
         let Some(caller) = request.extensions().get::<Caller>() else {
             return Err(Status::internal("the connection is unknown"));
         };
-        if usize::try_from(self.0.metrics.watchers.get()).is_ok_and(|now| now >= self.0.max_watchers) {
+        let Some(place) = self.0.streams.enter(caller) else {
             return Err(Status::resource_exhausted("too many streams of the trust bundle; try again later"));
-        }
-        let watcher = Watcher::new(self.0.metrics.clone(), caller.activity.begin());
+        };
+        let watcher = Watcher::new(self.0.metrics.clone(), caller.activity.begin(), place);
         let mut last = None;
         let changes = WatchStream::new(self.0.authority.clone()).filter_map(move |authority| {
             let _counted = &watcher;
@@ -342,12 +366,13 @@ fn bundle(authority: &Authority) -> Bundle {
 struct Watcher {
     metrics: Arc<Metrics>,
     _in_flight: InFlight,
+    _place: OwnedSemaphorePermit,
 }
 
 impl Watcher {
-    fn new(metrics: Arc<Metrics>, in_flight: InFlight) -> Self {
+    fn new(metrics: Arc<Metrics>, in_flight: InFlight, place: OwnedSemaphorePermit) -> Self {
         metrics.watchers.inc();
-        Watcher { metrics, _in_flight: in_flight }
+        Watcher { metrics, _in_flight: in_flight, _place: place }
     }
 }
 

@@ -22,9 +22,15 @@ use tokio::{
     task::JoinHandle,
     time::{Instant, sleep, timeout},
 };
-use tonic::{Code, transport::Endpoint};
+use tonic::{
+    Code,
+    transport::{Channel, Endpoint},
+};
 use weft_proto::{
-    ca::{IssueRequest, IssueResponse, certificate_authority_client::CertificateAuthorityClient},
+    ca::{
+        IssueRequest, IssueResponse, WatchBundleRequest,
+        certificate_authority_client::CertificateAuthorityClient,
+    },
     certificate::Leaf,
 };
 use weft_sidecar::{
@@ -244,13 +250,12 @@ impl Drop for Workload {
     }
 }
 
-/// One Issue call of a client that says what it likes; the authority is checked as always.
-async fn issue(
+/// A client that says what it likes; the authority is checked as always.
+async fn client(
     home: &Home,
     at: SocketAddr,
     shown: Option<&Credentials>,
-    request: IssueRequest,
-) -> Result<IssueResponse, tonic::Status> {
+) -> CertificateAuthorityClient<Channel> {
     let root = CertificateDer::from_pem_file(home.dir().join("roots.pem")).unwrap();
     let tcp = TcpStream::connect(at).await.unwrap();
     let (stream, _) = connect_authority(tcp.into(), vec![Anchor::Roots(vec![root])], shown).await.unwrap();
@@ -259,7 +264,17 @@ async fn issue(
         std::future::ready(once.take().ok_or(std::io::Error::from(std::io::ErrorKind::NotConnected)))
     });
     let channel = Endpoint::from_static("http://ca").connect_with_connector(connector).await.unwrap();
-    let answer = CertificateAuthorityClient::new(channel).issue(request).await;
+    CertificateAuthorityClient::new(channel)
+}
+
+/// One Issue call.
+async fn issue(
+    home: &Home,
+    at: SocketAddr,
+    shown: Option<&Credentials>,
+    request: IssueRequest,
+) -> Result<IssueResponse, tonic::Status> {
+    let answer = client(home, at, shown).await.issue(request).await;
     answer.map(tonic::Response::into_inner)
 }
 
@@ -873,6 +888,29 @@ async fn idle_connections_of_strangers_make_it_deaf_to_nobody() {
     let metrics = serving.get("/metrics").await;
     assert!(metrics.contains(r#"weft_ca_dropped_total{reason="displaced"}"#), "{metrics}");
     assert!(metrics.contains(r#"weft_ca_dropped_total{reason="timeout"}"#), "{metrics}");
+}
+
+#[tokio::test]
+async fn streams_of_strangers_leave_places_for_workloads() {
+    let home = Home::new();
+    let serving = Serving::start(&home, &["--max-connections", "8"]).await;
+    let mut held = Vec::new();
+    let refused = loop {
+        let mut stranger = client(&home, serving.listen, None).await;
+        match stranger.watch_bundle(WatchBundleRequest {}).await {
+            Ok(stream) => held.push((stranger, stream)),
+            Err(status) => break status,
+        }
+        assert!(held.len() <= 8, "strangers take every place");
+    };
+    assert_eq!((refused.code(), held.len()), (Code::ResourceExhausted, 2), "{refused}");
+    let mut web = Workload::start(home.settings(serving.listen, &home.token(WEB, &[])));
+    web.identified().await;
+    let began = Instant::now();
+    while !serving.get("/metrics").await.contains("weft_ca_watchers 3") {
+        assert!(began.elapsed() < SOON, "a workload with its certificate gets no stream");
+        sleep(Duration::from_millis(20)).await;
+    }
 }
 
 #[tokio::test]
