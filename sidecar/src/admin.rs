@@ -1,15 +1,13 @@
 //! The two faces of a running sidecar.
 //!
 //! The public one, on the pod address, has what the kubelet and Prometheus need and nothing of the
-//! configuration: `/live`, `/ready`, `/metrics`, the app's probes by fixed identifier, and where it is switched
-//! on `/quit` for whoever is on this host. Everything else is the private one: JSON over HTTP on a Unix socket of
-//! mode 0600, which the command line asks. The room knows no other room's types: views are functions that make
+//! configuration: `/live`, `/ready`, `/metrics`. Everything else is the private one: JSON over HTTP on a Unix socket
+//! of mode 0600, which the command line asks. The room knows no other room's types: views are functions that make
 //! JSON.
 
 mod answer;
 mod client;
 mod private;
-mod probe;
 mod public;
 mod readiness;
 
@@ -17,7 +15,6 @@ use std::sync::Arc;
 
 pub use client::ask;
 pub use private::{Private, listen_private, serve_private};
-pub use probe::{Probe, ProbeAction};
 pub use public::{Public, serve_public};
 pub use readiness::{Condition, Readiness};
 

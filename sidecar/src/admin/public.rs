@@ -1,11 +1,7 @@
-//! The public face. Everyone who reaches the pod can ask it: it says whether the sidecar is alive and ready, how
-//! much it did, and how the app answers its probes. It never says how the sidecar is configured.
+//! The public face. Everyone who reaches the pod can ask it: it says whether the sidecar is alive and ready, and how
+//! much it did. It never says how the sidecar is configured.
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    sync::Arc,
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use hyper::{
     Method, Request, StatusCode,
@@ -15,9 +11,7 @@ use hyper::{
 use tokio::net::TcpListener;
 
 use super::{
-    Action,
     answer::{Answer, Open, answer, only, serve_one, text},
-    probe::Probe,
     readiness::Readiness,
 };
 use crate::telemetry::{CLASSIC, Metrics, OPENMETRICS};
@@ -29,10 +23,6 @@ pub struct Public {
     pub readiness: Readiness,
     /// Answers `/metrics`.
     pub metrics: Arc<Metrics>,
-    /// Answers `/probe/{id}`.
-    pub probes: Vec<Probe>,
-    /// Answers `POST /quit` from this host; none: there is no such path.
-    pub quit: Option<Action>,
 }
 
 /// Connections at a time; for one more the oldest is closed.
@@ -45,7 +35,7 @@ pub async fn serve_public(listener: TcpListener, public: Public) {
     let public = Arc::new(public);
     let mut open = Open::up_to(CONNECTIONS);
     loop {
-        let (stream, from) = match listener.accept().await {
+        let (stream, _) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(%error, "the public admin face cannot accept; trying again");
@@ -53,40 +43,21 @@ pub async fn serve_public(listener: TcpListener, public: Public) {
                 continue;
             }
         };
-        let here = stream.local_addr().map(|address| address.ip());
-        let local = is_this_host(from, here.ok());
         let public = public.clone();
-        open.add(async move { serve_one(stream, |request| public.answer(request, local)).await }).await;
+        open.add(async move { serve_one(stream, |request| public.answer(request)).await }).await;
     }
 }
 
-fn is_this_host(from: SocketAddr, here: Option<IpAddr>) -> bool {
-    let from = from.ip().to_canonical();
-    from.is_loopback() || here.is_some_and(|here| here.to_canonical() == from)
-}
-
 impl Public {
-    async fn answer(&self, request: Request<Incoming>, local: bool) -> Answer {
-        let path = request.uri().path();
-        if path == "/quit"
-            && let Some(quit) = &self.quit
-        {
-            return answer_quit(request.method(), quit, local);
-        }
+    async fn answer(&self, request: Request<Incoming>) -> Answer {
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
             return only("GET, HEAD", text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n"));
         }
-        match path {
+        match request.uri().path() {
             "/live" => text(StatusCode::OK, "alive\n"),
             "/ready" => self.ready(),
             "/metrics" => self.metrics(request.headers()),
-            _ => match path.strip_prefix("/probe/") {
-                Some(id) => self.probe(id).await,
-                None => text(
-                    StatusCode::NOT_FOUND,
-                    "no such path; there are /live, /ready, /metrics and /probe/{id}\n",
-                ),
-            },
+            _ => text(StatusCode::NOT_FOUND, "no such path; there are /live, /ready and /metrics\n"),
         }
     }
 
@@ -104,25 +75,6 @@ impl Public {
         let content_type = if openmetrics { OPENMETRICS } else { CLASSIC };
         answer(StatusCode::OK, content_type, self.metrics.expose(openmetrics))
     }
-
-    async fn probe(&self, id: &str) -> Answer {
-        let Some(probe) = self.probes.iter().find(|probe| probe.id == id) else {
-            return text(StatusCode::NOT_FOUND, "no probe with this identifier\n");
-        };
-        let (status, reason) = probe.run().await;
-        text(status, reason)
-    }
-}
-
-fn answer_quit(method: &Method, quit: &Action, local: bool) -> Answer {
-    if method != Method::POST {
-        return only("POST", text(StatusCode::METHOD_NOT_ALLOWED, "only POST\n"));
-    }
-    if !local {
-        return text(StatusCode::FORBIDDEN, "only for programs on this host\n");
-    }
-    quit();
-    text(StatusCode::ACCEPTED, "stopping\n")
 }
 
 #[cfg(test)]

@@ -231,12 +231,7 @@ pub(super) fn start_faces(
     private: tokio::net::UnixListener,
     drain_asked: &Arc<Notify>,
 ) {
-    let face = Public {
-        readiness: shared.readiness.clone(),
-        metrics: shared.telemetry.metrics().clone(),
-        probes: Vec::new(),
-        quit: None,
-    };
+    let face = Public { readiness: shared.readiness.clone(), metrics: shared.telemetry.metrics().clone() };
     shared.tasks.spawn("probes and metrics", serve_public(public, face));
     shared.tasks.spawn("admin socket", serve_private(private, views::private(shared, drain_asked.clone())));
 }
