@@ -3,11 +3,14 @@
 //! pipe costs lines, which are counted, and never holds up a worker. Fields: `docs/observability.md`.
 
 use std::{
-    fs::OpenOptions,
-    io::{self, BufWriter, Write},
+    fs::{File, OpenOptions},
+    io::{self, Write},
     net::SocketAddr,
-    os::unix::fs::OpenOptionsExt,
-    path::PathBuf,
+    os::{
+        fd::AsFd,
+        unix::fs::{FileExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
     sync::{
         Arc,
         mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel},
@@ -100,6 +103,8 @@ enum Message {
 
 /// Lines that may wait for the writer.
 const QUEUE_LINES: usize = 4096;
+/// Bytes that are gathered before they are written, while lines go on coming.
+const BUFFER_BYTES: usize = 32 * 1024;
 /// How long a flush waits for room in the queue before it looks again.
 const FULL_QUEUE_PAUSE: Duration = Duration::from_millis(10);
 
@@ -113,25 +118,25 @@ impl AccessLog {
         if mode == AccessLogMode::Off {
             return Ok(AccessLog { mode, queue: None, metrics: metrics.clone() });
         }
-        let output: Box<dyn Write + Send> = match target {
-            AccessLogTarget::Stdout => Box::new(io::stdout()),
-            AccessLogTarget::File(path) => {
-                let opened = OpenOptions::new().create(true).append(true).mode(0o640).open(path);
-                Box::new(opened.map_err(|error| {
-                    io::Error::new(error.kind(), format!("access log {}: {error}", path.display()))
-                })?)
-            }
+        // Not the standard library's own stdout: what it keeps of a line that failed would be written later.
+        let (output, is_torn) = match target {
+            AccessLogTarget::Stdout => (File::from(io::stdout().as_fd().try_clone_to_owned()?), false),
+            AccessLogTarget::File(path) => open_file(path).map_err(|error| {
+                io::Error::new(error.kind(), format!("access log {}: {error}", path.display()))
+            })?,
         };
-        AccessLog::writing_to(mode, output, metrics)
+        AccessLog::writing_to(mode, Box::new(output), is_torn, metrics)
     }
 
     fn writing_to(
         mode: AccessLogMode,
         output: Box<dyn Write + Send>,
+        is_torn: bool,
         metrics: &Arc<Metrics>,
     ) -> io::Result<AccessLog> {
         let (sender, receiver) = sync_channel(QUEUE_LINES);
-        thread::Builder::new().name("weft-log".to_owned()).spawn(move || write_lines(&receiver, output))?;
+        let lines = Lines { output, waiting: Vec::new(), is_torn, metrics: metrics.clone() };
+        thread::Builder::new().name("weft-log".to_owned()).spawn(move || write_lines(&receiver, lines))?;
         Ok(AccessLog { mode, queue: Some(sender), metrics: metrics.clone() })
     }
 
@@ -176,28 +181,88 @@ impl AccessLog {
     }
 }
 
+/// The end of a file, and whether half a line stands there, of a process that ran before.
+fn open_file(path: &Path) -> io::Result<(File, bool)> {
+    let file = OpenOptions::new().create(true).append(true).mode(0o640).open(path)?;
+    let metadata = file.metadata()?;
+    let Some(last) = metadata.len().checked_sub(1).filter(|_| metadata.is_file()) else {
+        return Ok((file, false));
+    };
+    let mut byte = [0];
+    // A file that may not be read is taken for whole.
+    let read = File::open(path).and_then(|file| file.read_at(&mut byte, last));
+    Ok((file, read.is_ok_and(|read| read == 1) && byte != *b"\n"))
+}
+
+/// Lines on their way into an output. Those that it does not take whole are lost and counted.
+struct Lines {
+    output: Box<dyn Write + Send>,
+    waiting: Vec<u8>,
+    /// The output ends in half a line, which the next one must not continue.
+    is_torn: bool,
+    metrics: Arc<Metrics>,
+}
+
+impl Lines {
+    fn push(&mut self, line: &[u8]) {
+        if self.waiting.len() + line.len() > BUFFER_BYTES {
+            self.flush();
+        }
+        self.waiting.extend_from_slice(line);
+    }
+
+    fn flush(&mut self) {
+        if self.waiting.is_empty() {
+            return;
+        }
+        if self.is_torn {
+            self.is_torn = write_all_of(&mut *self.output, b"\n") == 0;
+        }
+        let written = if self.is_torn { 0 } else { write_all_of(&mut *self.output, &self.waiting) };
+        let (taken, left) = self.waiting.split_at(written);
+        self.is_torn |= taken.last().is_some_and(|last| *last != b'\n');
+        for _ in left.iter().filter(|byte| **byte == b'\n') {
+            self.metrics.log_line_dropped();
+        }
+        self.waiting.clear();
+    }
+}
+
+/// How many of these bytes the output took before it failed.
+fn write_all_of(output: &mut dyn Write, bytes: &[u8]) -> usize {
+    let mut written = 0;
+    while written < bytes.len() {
+        match output.write(&bytes[written..]) {
+            Ok(0) => break,
+            Ok(count) => written += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => break,
+        }
+    }
+    written
+}
+
 /// Writes until every sender is gone. An output that fails loses lines, not the thread.
-fn write_lines(queue: &Receiver<Message>, output: Box<dyn Write + Send>) {
-    let mut output = BufWriter::new(output);
+fn write_lines(queue: &Receiver<Message>, mut output: Lines) {
     loop {
         let message = match queue.try_recv() {
             Ok(message) => message,
             Err(TryRecvError::Disconnected) => break,
             Err(TryRecvError::Empty) => {
-                let _ = output.flush();
+                output.flush();
                 let Ok(message) = queue.recv() else { break };
                 message
             }
         };
         match message {
-            Message::Line(line) => drop(output.write_all(&line)),
+            Message::Line(line) => output.push(&line),
             Message::Flush(done) => {
-                let _ = output.flush();
+                output.flush();
                 let _ = done.send(());
             }
         }
     }
-    let _ = output.flush();
+    output.flush();
 }
 
 #[cfg(test)]
@@ -223,7 +288,7 @@ mod tests {
     async fn a_stuck_output_costs_lines_and_holds_nobody_up() {
         let (release, stuck) = channel();
         let metrics = Arc::new(Metrics::new());
-        let log = AccessLog::writing_to(AccessLogMode::All, Box::new(Stuck(stuck)), &metrics).unwrap();
+        let log = AccessLog::writing_to(AccessLogMode::All, Box::new(Stuck(stuck)), false, &metrics).unwrap();
         let line = Line { kind: "request", ..Line::default() };
         for _ in 0..QUEUE_LINES * 3 {
             log.write(&line);
@@ -237,6 +302,85 @@ mod tests {
         drop(release);
         log.flush(Duration::from_secs(60)).await;
         assert!(before.elapsed() < Duration::from_secs(60));
+    }
+
+    /// A disk with room for so many bytes, as whoever reads it sees it.
+    #[derive(Clone, Default)]
+    struct Disk(Arc<std::sync::Mutex<(usize, Vec<u8>)>>);
+
+    impl Disk {
+        fn make_room(&self, bytes: usize) {
+            self.0.lock().unwrap().0 += bytes;
+        }
+
+        fn text(&self) -> String {
+            String::from_utf8(self.0.lock().unwrap().1.clone()).unwrap()
+        }
+    }
+
+    impl Write for Disk {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let mut disk = self.0.lock().unwrap();
+            let room = bytes.len().min(disk.0);
+            if room == 0 {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            disk.0 -= room;
+            disk.1.extend_from_slice(&bytes[..room]);
+            Ok(room)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_costs_lines_which_are_counted_and_leaves_no_half_line_glued_to_the_next() {
+        let (disk, metrics) = (Disk::default(), Arc::new(Metrics::new()));
+        let log = AccessLog::writing_to(AccessLogMode::All, Box::new(disk.clone()), false, &metrics).unwrap();
+        let write = async |path| {
+            log.write(&Line { path: Some(path), ..Line::default() });
+            log.flush(Duration::from_secs(60)).await;
+        };
+        disk.make_room(1 << 20);
+        write("/1").await;
+        let length = disk.text().len();
+        disk.0.lock().unwrap().0 = length / 2;
+        write("/2").await;
+        write("/3").await;
+        // Room for the end of the half line, and no more.
+        disk.make_room(1);
+        write("/4").await;
+        disk.make_room(1 << 20);
+        write("/5").await;
+        write("/6").await;
+        let text = disk.text();
+        let paths: Vec<_> = text
+            .lines()
+            .map(|line| serde_json::from_str::<serde_json::Value>(line).map(|line| line["path"].clone()))
+            .collect();
+        let whole: Vec<_> = paths.iter().filter_map(|path| path.as_ref().ok()).collect();
+        assert_eq!(whole, ["/1", "/5", "/6"], "{text}");
+        assert_eq!(paths.len(), 4, "one half line stands alone: {text}");
+        assert!(metrics.expose(false).contains("weft_log_lines_dropped_total 3"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn half_a_line_that_a_process_before_left_is_not_continued() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("access.log");
+        std::fs::write(&path, "{}\n{\"half\":").unwrap();
+        let metrics = Arc::new(Metrics::new());
+        for _ in 0..2 {
+            let target = AccessLogTarget::File(path.clone());
+            let log = AccessLog::open(AccessLogMode::All, &target, &metrics).unwrap();
+            log.write(&Line { path: Some("/a"), ..Line::default() });
+            log.flush(Duration::from_secs(60)).await;
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        let whole = |line: &&str| serde_json::from_str::<serde_json::Value>(line).is_ok();
+        assert_eq!((text.lines().count(), text.lines().filter(whole).count()), (4, 3), "{text}");
     }
 
     #[tokio::test]
