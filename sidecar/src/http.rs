@@ -14,7 +14,7 @@ mod upload;
 mod waiting;
 
 pub use body::{Body, BodyEnd, Ended};
-pub use observe::{begin_answer, end_answer, end_speaks_against_endpoint};
+pub use observe::{answer_failed, begin_answer, end_answer, end_speaks_against_endpoint};
 pub use replay::Replay;
 pub use respond::{answer, refuse_stream};
 pub use server::{HttpLimits, SIDECAR_FIELDS, serve};

@@ -29,7 +29,7 @@ use std::{
 };
 
 use arc_swap::ArcSwapOption;
-use hyper::Request;
+use hyper::{Request, http::HeaderMap};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use weft_proto::spiffe::SpiffeId;
 
@@ -49,6 +49,9 @@ pub use spans::{SpanExport, Spans};
 pub use trace::{Formats, Incoming, Parent, Sampler, TraceContext};
 
 use crate::model::Protocol;
+
+/// A peer's identity is proven by the mesh's mutual TLS only, and that has one version.
+const MESH_TLS_VERSION: &str = "1.3";
 
 /// What all records share.
 #[derive(Debug)]
@@ -82,6 +85,24 @@ impl Telemetry {
     /// Our own identity, for lines and spans.
     pub fn set_identity(&self, identity: &SpiffeId) {
         self.identity.store(Some(Arc::new(identity.clone())));
+    }
+
+    /// Are spans made here at all?
+    fn exports(&self) -> bool {
+        self.spans.is_some()
+    }
+
+    /// The span of a request that arrived with these headers. Without an exporter it is the caller's, and read only
+    /// where the access log shows it.
+    fn trace(&self, headers: &HeaderMap) -> TraceContext {
+        if !self.exports() && !self.access_log.is_on() {
+            return TraceContext::of_caller(&Incoming::default());
+        }
+        let incoming = self.propagators.extract(headers);
+        match self.exports() {
+            true => TraceContext::begin(&incoming, &self.sampler, &mut fastrand::Rng::new()),
+            false => TraceContext::of_caller(&incoming),
+        }
     }
 
     /// Opens the record of a request whose head has arrived. `handles` say the direction and what is known of

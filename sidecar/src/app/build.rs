@@ -141,10 +141,11 @@ pub(super) fn default_policy(config: &Config) -> Policy {
 /// OpenTelemetry has it.
 fn telemetry(config: &Config) -> Result<(Arc<Telemetry>, Option<SpanExport>)> {
     let service = config.own.service.as_str();
-    let (settings, problems) = TraceSettings::read(|name| std::env::var(name).ok(), service);
+    let (mut settings, problems) = TraceSettings::read(|name| std::env::var(name).ok(), service);
     for problem in problems {
         tracing::warn!("{problem}");
     }
+    settings.propagators.unsampled = config.propagate_unsampled;
     let metrics = Arc::new(Metrics::new());
     let target = config.access_log_file.clone().map_or(AccessLogTarget::Stdout, AccessLogTarget::File);
     let access_log =

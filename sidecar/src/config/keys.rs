@@ -200,6 +200,12 @@ pub const KEYS: &[Key] = &[
     one("Output", "access-log-file", "FILE", "Where access log lines go [default: standard output]"),
     one(
         "Output",
+        "propagate-unsampled",
+        "BOOL",
+        "Begin traces that are not recorded too: apps then record nothing of them [default: false]",
+    ),
+    one(
+        "Output",
         "log",
         "FILTER",
         "The sidecar's own log: error, warn, info, debug or a filter [default: info]",

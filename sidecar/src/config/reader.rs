@@ -81,6 +81,7 @@ impl Reader<'_> {
                     ("all", AccessLogMode::All),
                 ],
             ),
+            propagate_unsampled: self.choice("propagate-unsampled", &[("false", false), ("true", true)]),
             access_log_file: self.text("access-log-file").map(PathBuf::from),
             log: self.text("log").unwrap_or_else(|| "info".to_owned()),
             log_json: self.choice("log-format", &[("text", false), ("json", true)]),

@@ -41,6 +41,8 @@ pub struct Config {
     pub drain: DrainTimes,
     /// `off`, `failures` or `all`.
     pub access_log: AccessLogMode,
+    /// Is it passed on that a trace which begins here is not recorded?
+    pub propagate_unsampled: bool,
     /// Where access log lines go; none: standard output.
     pub access_log_file: Option<PathBuf>,
     /// Filter of the sidecar's own log.

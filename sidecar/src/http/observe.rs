@@ -1,8 +1,12 @@
 //! What the head and the end of an answer mean for the record of its request.
 
-use hyper::http::response::Parts;
+use hyper::{Response, http::response::Parts};
 
-use super::body::{BodyEnd, Ended, TIME_OVER, grpc_status};
+use super::{
+    Body,
+    body::{BodyEnd, Ended, TIME_OVER, grpc_status},
+    respond::answer,
+};
 use crate::{
     model::{Failed, Failure},
     policy::response::GrpcStatus,
@@ -15,6 +19,16 @@ pub fn begin_answer(record: &mut Record, head: &Parts) {
     if let Some(status) = grpc_status(&head.headers) {
         record.grpc_status(status);
     }
+}
+
+/// The answer of ours to a request that failed. Its record has the status that the caller gets, unless that left.
+pub fn answer_failed(record: &mut Record, failed: Failed, is_grpc: bool) -> Response<Body> {
+    let (head, body) = answer(failed.failure, is_grpc).into_parts();
+    if failed.failure != Failure::ClientGone {
+        begin_answer(record, &head);
+    }
+    record.fail(failed);
+    Response::from_parts(head, body)
 }
 
 /// The body of an answer has ended, in whichever way.

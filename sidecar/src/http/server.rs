@@ -198,11 +198,13 @@ where
             in_time.map_err(|_| cut.because(still_in_flight(&why, drain_timeout)))?
         }
     };
-    if ended.as_ref().is_err_and(hyper::Error::is_user) {
-        // A body broke off. To a client of HTTP/1.0 a clean close would be its proper end.
-        reset.store(true, Ordering::Relaxed);
-    }
     match ended {
+        Err(error) if error.is_user() => {
+            // The body of an answer broke off, and the record of its request says why. To a client of HTTP/1.0 a clean
+            // close would be its proper end.
+            reset.store(true, Ordering::Relaxed);
+            Ok(())
+        }
         Err(error) if error.is_timeout() && timer.is_idle() => Ok(()),
         Ok(()) if has_body.load(Ordering::Relaxed) => {
             // Boxed, as it is rare.

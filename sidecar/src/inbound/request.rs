@@ -36,12 +36,10 @@ impl Inbound {
         version: HttpVersion,
     ) -> std::result::Result<Response<Body>, h2::Error> {
         let is_grpc = headers::is_grpc(request.headers());
-        let refuse_stream = version == HttpVersion::Http2 && arrival.caller.is_sidecar();
+        let protocol = if version == HttpVersion::Http2 { Protocol::Http2 } else { Protocol::Http1 };
         match self.request(request.map(Body::from), arrival).await {
             Ok(response) => Ok(response),
-            Err(failed) if refuse_stream && failed.failure == Failure::AppRefused => {
-                Err(http::refuse_stream())
-            }
+            Err(failed) if refuses_stream(arrival, protocol, failed.failure) => Err(http::refuse_stream()),
             Err(failed) => Ok(http::answer(failed.failure, is_grpc)),
         }
     }
@@ -55,11 +53,16 @@ impl Inbound {
         let mut record =
             self.telemetry.begin(&self.metrics, protocol, arrival.client, &request, &arrival.cut);
         record.peer(arrival.caller.identity());
+        let is_grpc = headers::is_grpc(request.headers());
         let request = request.map(|body| body.counted(|| record.count_request_bytes()));
         match self.deliver(request, arrival, &mut record).await {
             Ok(answered) => Ok(observed(answered, record)),
-            Err(failed) => {
+            Err(failed) if refuses_stream(arrival, protocol, failed.failure) => {
                 record.fail(failed.clone());
+                Err(failed)
+            }
+            Err(failed) => {
+                http::answer_failed(&mut record, failed.clone(), is_grpc);
                 Err(failed)
             }
         }
@@ -181,6 +184,11 @@ impl Claims {
         headers::remove_ours(headers);
         Claims { version, absolute, deadline }
     }
+}
+
+/// Is the caller told by a refused stream, and not by an answer?
+fn refuses_stream(arrival: &Arrival, protocol: Protocol, failure: Failure) -> bool {
+    failure == Failure::AppRefused && protocol == Protocol::Http2 && arrival.caller.is_sidecar()
 }
 
 /// The answer for the caller; its body's end finishes the record and gives the connection back.

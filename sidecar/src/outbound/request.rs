@@ -84,11 +84,7 @@ impl Outbound {
         let mut record = self.telemetry.begin(&upstream.metrics, protocol, client, &request, cut);
         match self.request(request, spoken, upstream, only, upgrade, &mut record).await {
             Ok((answered, place)) => observed(answered, record, place),
-            Err(failed) => {
-                let failure = failed.failure;
-                record.fail(failed);
-                http::answer(failure, is_grpc)
-            }
+            Err(failed) => http::answer_failed(&mut record, failed, is_grpc),
         }
     }
 
@@ -174,7 +170,7 @@ impl Outbound {
         &self,
         call: &Call<'_>,
         endpoint: SocketAddr,
-        record: &Record,
+        record: &mut Record,
         span: &TraceContext,
     ) -> Attempted {
         let started = Instant::now();
@@ -190,7 +186,7 @@ impl Outbound {
         &self,
         call: &Call<'_>,
         endpoint: SocketAddr,
-        record: &Record,
+        record: &mut Record,
         span: &TraceContext,
         started: Instant,
     ) -> Attempted {
@@ -202,6 +198,8 @@ impl Outbound {
         }
         let key = Key { address: endpoint, security: call.known.security.clone(), version: call.version };
         let lease = self.pool.lend(&key, call.known.policy.timeouts.connect).await?;
+        // Proven, whatever comes of the attempt now.
+        record.peer(lease.peer().map(VerifiedPeer::id));
         let now = if lease.reused { started } else { Instant::now() };
         let (response, in_use) = lease.send(call.request(record, span, now)).await?;
         Ok((response, Some(in_use)))
@@ -257,6 +255,7 @@ impl Outbound {
                 }
             }
         };
+        record.peer(lease.peer().map(VerifiedPeer::id));
         record.inject(&span, request.headers_mut());
         let (started, endpoint) = (Instant::now(), picked.address());
         let sending = lease.send(request.map(Body::from));
@@ -274,7 +273,6 @@ impl Outbound {
             record.attempt_failed(failed);
         })?;
         record.attempt_answered(response.status().as_u16());
-        record.peer(in_use.peer().map(VerifiedPeer::id));
         if left_http(&method, response.status()) {
             picked.succeeded(Instant::now());
             let server = hyper::upgrade::on(&mut response);
@@ -400,9 +398,13 @@ fn mesh_failure<B>(response: &Response<B>, known: &Known) -> Option<Failure> {
 /// Tells the endpoint's state and the attempt's span how it went so far.
 fn settle(call: &Call<'_>, picked: &mut Picked, record: &mut Record, result: &Attempted) {
     match result {
-        Ok((response, in_use)) => {
+        Ok((response, _)) => {
             record.attempt_answered(response.status().as_u16());
-            record.peer(in_use.as_ref().and_then(InUse::peer).map(VerifiedPeer::id));
+            if call.is_grpc
+                && let Some(status) = http::body::grpc_status(response.headers())
+            {
+                record.attempt_grpc_status(status);
+            }
             match call.speaks_against_endpoint(response) {
                 true => failed(picked, record),
                 false => picked.answered(Instant::now()),

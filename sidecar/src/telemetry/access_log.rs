@@ -80,6 +80,8 @@ pub(super) struct Line<'a> {
     pub peer_address: Option<SocketAddr>,
     /// Always there: a refusal must say that no identity was proven.
     pub peer_identity: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_version: Option<&'static str>,
     pub own_identity: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<SocketAddr>,

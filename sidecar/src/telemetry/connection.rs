@@ -138,6 +138,7 @@ impl Drop for Connection {
             detail: self.failed.as_ref().map(|failed| failed.detail.as_str()),
             peer_address: Some(self.peer_address),
             peer_identity: self.peer.as_ref().map(SpiffeId::as_str),
+            tls_version: self.peer.as_ref().map(|_| super::MESH_TLS_VERSION),
             own_identity: own.as_deref().map(SpiffeId::as_str),
             endpoint: self.endpoint,
             request_bytes: self.sent,

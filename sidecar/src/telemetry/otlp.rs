@@ -261,6 +261,8 @@ mod tests {
             parent_is_remote: false,
             sampled: true,
             debug: false,
+            decided: false,
+            undecided: Formats::NONE,
             formats: Formats::NONE,
         };
         let texts = ["", "a", &"b".repeat(127), &"c".repeat(128), &"d".repeat(17_000), "\u{1f980}"];

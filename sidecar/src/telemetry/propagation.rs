@@ -17,11 +17,15 @@ pub struct Propagators {
     pub read: Formats,
     /// Written even where the caller sent none.
     pub always: Formats,
+    /// Are they written too where the trace is not recorded, and the caller did not say so? To a tracing library in
+    /// the app that is an order to record nothing.
+    pub unsampled: bool,
 }
 
 impl Propagators {
-    /// All are read; W3C is always written.
-    pub const DEFAULT: Propagators = Propagators { read: Formats::ALL, always: Formats::W3C };
+    /// All are read; W3C is always written, but for a negative decision of ours.
+    pub const DEFAULT: Propagators =
+        Propagators { read: Formats::ALL, always: Formats::W3C, unsampled: false };
 
     /// What the headers say about the caller's span. Allocates nothing.
     pub fn extract(&self, headers: &HeaderMap) -> Incoming {
@@ -41,8 +45,15 @@ impl Propagators {
             if let Some(said) = read(headers) {
                 if found.formats == Formats::NONE || (found.parent.is_none() && said.parent.is_some()) {
                     (found.parent, found.decision, found.debug) = (said.parent, said.decision, said.debug);
+                } else if said.is_of_trace(found.parent) {
+                    // The same trace in a second format, which may say what the first has no word for.
+                    found.decision = found.decision.or(said.decision);
+                    found.debug |= said.debug;
                 }
                 found.formats = found.formats.and(format);
+                if said.decision.is_none() && said.is_of_trace(found.parent) {
+                    found.undecided = found.undecided.and(format);
+                }
             }
         }
         found
@@ -50,7 +61,8 @@ impl Propagators {
 
     /// Writes the context in the caller's formats and those always written; removes what would contradict it.
     pub fn inject(&self, context: &TraceContext, headers: &mut HeaderMap) {
-        let write = context.formats.and(self.always);
+        let begun = context.sampled || context.decided || self.unsampled;
+        let write = if begun { context.formats.and(self.always) } else { context.formats };
         let touched = self.read.and(self.always).both(present(headers));
         if write.has(Formats::W3C) {
             headers.insert(TRACEPARENT, w3c(context));
@@ -112,6 +124,19 @@ struct Said {
     debug: bool,
 }
 
+impl Said {
+    fn is_of_trace(&self, parent: Option<Parent>) -> bool {
+        self.parent.is_some_and(|own| parent.is_some_and(|parent| parent.trace_id == own.trace_id))
+    }
+}
+
+/// What B3 says of whether to record.
+enum B3Decision {
+    Open,
+    Debug,
+    Sampled(bool),
+}
+
 fn read_w3c(headers: &HeaderMap) -> Option<Said> {
     let text = only(headers, TRACEPARENT)?;
     let bytes = text.as_bytes();
@@ -165,14 +190,24 @@ fn read_b3_single(headers: &HeaderMap) -> Option<Said> {
 fn b3_single(context: &TraceContext) -> HeaderValue {
     let mut text = Text::new();
     text.trace_id(context.trace_id).push(b"-").hex(context.span_id.into(), 16);
-    text.push(if context.debug && context.sampled {
-        b"-d"
-    } else if context.sampled {
-        b"-1"
-    } else {
-        b"-0"
+    text.push(match b3_said(context, Formats::B3_SINGLE) {
+        B3Decision::Open => b"",
+        B3Decision::Debug => b"-d",
+        B3Decision::Sampled(true) => b"-1",
+        B3Decision::Sampled(false) => b"-0",
     })
     .value()
+}
+
+/// What to pass on in a format of B3: a decision that was left open is left to everybody after us too.
+fn b3_said(context: &TraceContext, format: Formats) -> B3Decision {
+    if context.undecided.has(format) {
+        B3Decision::Open
+    } else if context.debug && context.sampled {
+        B3Decision::Debug
+    } else {
+        B3Decision::Sampled(context.sampled)
+    }
 }
 
 fn read_b3_multi(headers: &HeaderMap) -> Option<Said> {
@@ -199,12 +234,13 @@ fn write_b3_multi(context: &TraceContext, headers: &mut HeaderMap) {
         let parent = Text::new().hex(context.parent_id.into(), 16).value();
         headers.insert(B3_PARENT_SPAN_ID, parent);
     }
-    if context.debug && context.sampled {
-        headers.insert(B3_FLAGS, HeaderValue::from_static("1"));
-    } else {
-        let sampled = HeaderValue::from_static(if context.sampled { "1" } else { "0" });
-        headers.insert(B3_SAMPLED, sampled);
-    }
+    let (name, value) = match b3_said(context, Formats::B3_MULTI) {
+        B3Decision::Open => return,
+        B3Decision::Debug => (B3_FLAGS, "1"),
+        B3Decision::Sampled(true) => (B3_SAMPLED, "1"),
+        B3Decision::Sampled(false) => (B3_SAMPLED, "0"),
+    };
+    headers.insert(name, HeaderValue::from_static(value));
 }
 
 /// `{trace}:{span}:{parent}:{flags}`; leading zeros may be missing; the colon may be percent-encoded.

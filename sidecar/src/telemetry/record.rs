@@ -80,6 +80,7 @@ pub(super) struct Attempt {
     pub reason: Option<&'static str>,
     pub started_at: SystemTime,
     pub status: Option<u16>,
+    pub grpc_status: Option<u16>,
     pub failure: Option<Failure>,
     pub detail: Option<String>,
 }
@@ -111,9 +112,8 @@ impl Record {
         request: &Request<Body>,
         cut: &Cut,
     ) -> Record {
-        let incoming = telemetry.propagators.extract(request.headers());
-        let trace = TraceContext::begin(&incoming, &telemetry.sampler, &mut fastrand::Rng::new());
-        let shown = telemetry.access_log.is_on() || (trace.sampled && telemetry.spans.is_some());
+        let trace = telemetry.trace(request.headers());
+        let shown = telemetry.access_log.is_on() || (trace.sampled && telemetry.exports());
         let words =
             shown.then(|| Words { uri: request.uri().clone(), host: request.headers().get(HOST).cloned() });
         let inner = Inner {
@@ -142,7 +142,7 @@ impl Record {
         Record { inner: Box::new(inner) }
     }
 
-    /// The server or client span of this request.
+    /// The server or client span of this request; the caller's own where no spans are made here.
     pub fn trace(&self) -> &TraceContext {
         &self.inner.trace
     }
@@ -176,7 +176,10 @@ impl Record {
         inner.endpoint = Some(endpoint);
         inner.peer = None;
         inner.handles.attempt(retry);
-        let trace = inner.trace.child(&mut fastrand::Rng::new());
+        let trace = match inner.telemetry.exports() {
+            true => inner.trace.child(&mut fastrand::Rng::new()),
+            false => inner.trace,
+        };
         inner.attempt = Some(Attempt {
             trace,
             number: inner.attempts,
@@ -184,6 +187,7 @@ impl Record {
             reason: retry,
             started_at: SystemTime::now(),
             status: None,
+            grpc_status: None,
             failure: None,
             detail: None,
         });
@@ -194,6 +198,13 @@ impl Record {
     pub fn attempt_answered(&mut self, status: u16) {
         if let Some(attempt) = &mut self.inner.attempt {
             attempt.status = Some(status);
+        }
+    }
+
+    /// The attempt's answer had this `grpc-status` in its head.
+    pub fn attempt_grpc_status(&mut self, status: u16) {
+        if let Some(attempt) = &mut self.inner.attempt {
+            attempt.grpc_status = Some(status);
         }
     }
 
@@ -212,9 +223,12 @@ impl Record {
         self.inner.attempts
     }
 
-    /// Writes a span into the headers of a request that is sent.
+    /// Writes a span into the headers of a request that is sent. Who makes no spans has none to write, and no decision
+    /// to pass on either: the headers stay as they came.
     pub fn inject(&self, trace: &TraceContext, headers: &mut HeaderMap) {
-        self.inner.telemetry.propagators.inject(trace, headers);
+        if self.inner.telemetry.exports() {
+            self.inner.telemetry.propagators.inject(trace, headers);
+        }
     }
 
     /// The status of the answer that the caller gets.
@@ -225,6 +239,7 @@ impl Record {
     /// The `grpc-status` of the answer, from its head or its trailers.
     pub fn grpc_status(&mut self, status: u16) {
         self.inner.grpc_status = Some(status);
+        self.attempt_grpc_status(status);
     }
 
     /// The request failed. A later failure takes the place of an earlier one.
@@ -313,6 +328,7 @@ impl Inner {
 
     fn log(&self, seconds: f64) {
         let own = self.telemetry.identity.load();
+        let is_traced = self.trace.trace_id != 0;
         self.telemetry.access_log.write(&Line {
             time: super::rfc3339(self.started_at),
             kind: "request",
@@ -330,14 +346,15 @@ impl Inner {
             attempts: (self.attempts > 0).then_some(self.attempts),
             peer_address: Some(self.peer_address),
             peer_identity: self.peer.as_ref().map(SpiffeId::as_str),
+            tls_version: self.peer.as_ref().map(|_| super::MESH_TLS_VERSION),
             own_identity: own.as_deref().map(SpiffeId::as_str),
             endpoint: self.endpoint,
             request_bytes: self.request_bytes(),
             response_bytes: self.response_bytes,
             duration_seconds: seconds,
-            trace_id: Some(format!("{:032x}", self.trace.trace_id)),
-            span_id: Some(format!("{:016x}", self.trace.span_id)),
-            sampled: Some(self.trace.sampled),
+            trace_id: is_traced.then(|| format!("{:032x}", self.trace.trace_id)),
+            span_id: is_traced.then(|| format!("{:016x}", self.trace.span_id)),
+            sampled: is_traced.then_some(self.trace.sampled),
             ..Line::default()
         });
     }

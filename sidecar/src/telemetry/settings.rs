@@ -118,7 +118,7 @@ impl Reader<'_> {
         const NAME: &str = "OTEL_PROPAGATORS";
         let Some(text) = self.text(NAME) else { return Propagators::DEFAULT };
         let b3 = Formats::B3_SINGLE.and(Formats::B3_MULTI);
-        let mut chosen = Propagators { read: Formats::NONE, always: Formats::NONE };
+        let mut chosen = Propagators { read: Formats::NONE, always: Formats::NONE, ..Propagators::DEFAULT };
         for name in text.split(',').map(str::trim) {
             let (read, always) = match name {
                 "tracecontext" => (Formats::W3C, Formats::W3C),

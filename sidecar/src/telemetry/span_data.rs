@@ -18,6 +18,7 @@ use crate::model::{Failure, HttpVersion};
 /// How one span ended.
 struct Outcome<'a> {
     status: Option<u16>,
+    grpc_status: Option<u16>,
     failure: Option<Failure>,
     detail: Option<&'a str>,
 }
@@ -51,9 +52,6 @@ impl Inner {
         }
         attributes.number("http.request.body.size", self.request_bytes() as i64);
         attributes.number("http.response.body.size", self.response_bytes as i64);
-        if let Some(status) = self.grpc_status {
-            attributes.number("rpc.grpc.status_code", i64::from(status));
-        }
         let kind = match self.direction() {
             Direction::Inbound => {
                 let address = self.peer_address.ip().to_string();
@@ -66,7 +64,12 @@ impl Inner {
         if self.attempts > 1 {
             attributes.number("http.request.resend_count", i64::from(self.attempts - 1));
         }
-        let outcome = Outcome { status: self.status, failure: self.failure, detail: self.detail.as_deref() };
+        let outcome = Outcome {
+            status: self.status,
+            grpc_status: self.grpc_status,
+            failure: self.failure,
+            detail: self.detail.as_deref(),
+        };
         let error = put_outcome(&mut attributes, kind, &outcome);
         let times = (self.started_at, end);
         attributes.into_span(&SpanFields { trace: &self.trace, kind, name: &self.name(), times, error })
@@ -81,8 +84,12 @@ impl Inner {
         }
         let address = endpoint.rsplit_once(':').map_or("", |(address, _)| address);
         put_peer(&mut attributes, address.trim_matches(['[', ']']), attempt.endpoint.port());
-        let outcome =
-            Outcome { status: attempt.status, failure: attempt.failure, detail: attempt.detail.as_deref() };
+        let outcome = Outcome {
+            status: attempt.status,
+            grpc_status: attempt.grpc_status,
+            failure: attempt.failure,
+            detail: attempt.detail.as_deref(),
+        };
         let kind = SpanKind::Client;
         let error = put_outcome(&mut attributes, kind, &outcome);
         let ([method, space, service], number) = (self.name(), attempt.number.to_string());
@@ -124,8 +131,7 @@ impl Inner {
         }
         if let Some(peer) = &self.peer {
             attributes.text("weft.peer.identity", peer.as_str());
-            // An identity is proven by the mesh's mutual TLS only, and that has one version.
-            attributes.text("weft.tls.version", "1.3");
+            attributes.text("weft.tls.version", super::MESH_TLS_VERSION);
         }
         attributes
     }
@@ -136,12 +142,16 @@ fn put_outcome<'a>(attributes: &mut Attributes, kind: SpanKind, outcome: &Outcom
     if let Some(status) = outcome.status {
         attributes.number("http.response.status_code", i64::from(status));
     }
+    if let Some(status) = outcome.grpc_status {
+        attributes.number("rpc.grpc.status_code", i64::from(status));
+    }
     if let Some(failure) = outcome.failure {
         attributes.text("error.type", failure.label());
         attributes.text("weft.failure", failure.label());
     } else {
-        let status = outcome.status.filter(|status| is_error(*status, kind))?;
-        attributes.text("error.type", &status.to_string());
+        let status = outcome.status.filter(|status| is_error(*status, kind));
+        let grpc = outcome.grpc_status.filter(|status| is_grpc_error(*status, kind));
+        attributes.text("error.type", &status.or(grpc)?.to_string());
     }
     Some(outcome.detail.unwrap_or_default())
 }
@@ -149,6 +159,15 @@ fn put_outcome<'a>(attributes: &mut Attributes, kind: SpanKind, outcome: &Outcom
 /// A server's 4xx is the client's fault; a client's is an error.
 fn is_error(status: u16, kind: SpanKind) -> bool {
     status >= if kind == SpanKind::Server { 500 } else { 400 }
+}
+
+/// As the conventions for gRPC have it: for a server only what speaks against itself, which are UNKNOWN,
+/// DEADLINE_EXCEEDED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE and DATA_LOSS.
+fn is_grpc_error(status: u16, kind: SpanKind) -> bool {
+    match kind {
+        SpanKind::Server => matches!(status, 2 | 4 | 12..=15),
+        _ => status != 0,
+    }
 }
 
 fn put_peer(attributes: &mut Attributes, address: &str, port: u16) {

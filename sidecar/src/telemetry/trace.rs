@@ -9,9 +9,10 @@ use std::fmt;
 /// One span's place in a trace: what is passed on to whoever is called next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TraceContext {
-    /// The trace; never 0. A value below 2^64 came from a caller with 64-bit ids and is written as such.
+    /// The trace; 0 only in a context [of a caller](TraceContext::of_caller) that named none. A value below 2^64 came
+    /// from a caller with 64-bit ids and is written as such.
     pub trace_id: u128,
-    /// The span itself; never 0.
+    /// The span itself; 0 only together with the trace.
     pub span_id: u64,
     /// The span above it; 0 where the trace begins here.
     pub parent_id: u64,
@@ -21,8 +22,12 @@ pub struct TraceContext {
     pub sampled: bool,
     /// B3 and Jaeger: a caller demanded that the trace be recorded; passed on.
     pub debug: bool,
+    /// Did the caller say whether to record? Else a negative decision is ours alone.
+    pub decided: bool,
     /// The header formats that the caller used, which are passed on.
     pub formats: Formats,
+    /// Those of them that left the decision open, and go on leaving it open.
+    pub undecided: Formats,
 }
 
 /// What a caller's headers said.
@@ -36,6 +41,8 @@ pub struct Incoming {
     pub debug: bool,
     /// The formats in which something valid was found.
     pub formats: Formats,
+    /// Those of them that left the decision open, as B3 may.
+    pub undecided: Formats,
 }
 
 /// The span of whoever called.
@@ -135,7 +142,26 @@ impl TraceContext {
             parent_is_remote: incoming.parent.is_some(),
             sampled: sampler.decide(incoming, trace_id),
             debug: incoming.debug,
+            decided: incoming.decision.is_some(),
             formats: incoming.formats,
+            undecided: incoming.undecided,
+        }
+    }
+
+    /// The caller's own span, for whoever makes none: zeros where there is none either. It is shown in the access log
+    /// and never written into headers.
+    pub fn of_caller(incoming: &Incoming) -> TraceContext {
+        let caller = incoming.parent.unwrap_or(Parent { trace_id: 0, span_id: 0 });
+        TraceContext {
+            trace_id: caller.trace_id,
+            span_id: caller.span_id,
+            parent_id: 0,
+            parent_is_remote: false,
+            sampled: incoming.decision == Some(true),
+            debug: incoming.debug,
+            decided: incoming.decision.is_some(),
+            formats: incoming.formats,
+            undecided: incoming.undecided,
         }
     }
 
@@ -165,7 +191,7 @@ mod tests {
 
     fn from_caller(decision: Option<bool>, debug: bool) -> Incoming {
         let parent = Some(Parent { trace_id: 7, span_id: 9 });
-        Incoming { parent, decision, debug, formats: Formats::B3_SINGLE }
+        Incoming { parent, decision, debug, formats: Formats::B3_SINGLE, undecided: Formats::NONE }
     }
 
     #[test]

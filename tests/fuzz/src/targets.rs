@@ -122,11 +122,15 @@ fn trace_headers(bytes: &[u8]) {
         parent_is_remote: true,
         sampled: true,
         debug: found.debug,
+        decided: found.decision.is_some(),
         formats: found.formats,
+        undecided: found.undecided,
     };
     all.inject(&context, &mut headers);
-    let again = all.extract(&headers).parent.expect("what we wrote");
-    assert_eq!((again.trace_id, again.span_id), (parent.trace_id, 7));
+    let again = all.extract(&headers);
+    let parent_again = again.parent.expect("what we wrote");
+    assert_eq!((parent_again.trace_id, parent_again.span_id), (parent.trace_id, 7));
+    assert_eq!((again.debug, again.undecided), (found.debug, found.undecided));
 }
 
 /// An answer bears the id of its question; what is forwarded is a question; not every answer is ours.

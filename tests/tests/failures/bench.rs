@@ -36,11 +36,15 @@ impl<'a> Shown<'a> {
         let status = format!(" {} ", failure.status());
         assert!(answer.lines().next().is_some_and(|line| line.contains(&status)), "{failure}: {answer}");
         assert!(answer.contains(&format!("x-weft-failure: {failure}\r\n")), "{failure}: {answer}");
-        self.without_answer(failure);
+        let line = self.without_answer(failure);
+        // The requests of a refused connection have no lines of their own.
+        if line["kind"] == "request" {
+            assert_eq!(line["status"], failure.status(), "{line}");
+        }
     }
 
     /// The access log has a line, and the metric of its kind has counted.
-    pub fn without_answer(&mut self, failure: Failure) {
+    pub fn without_answer(&mut self, failure: Failure) -> serde_json::Value {
         let line = self.sidecar.wait_for_failure(failure.label(), &[]);
         let detail = line["detail"].as_str().unwrap_or_default();
         assert!(!detail.is_empty(), "no words: {line}");
@@ -56,6 +60,7 @@ impl<'a> Shown<'a> {
                 .any(|sample| sample.starts_with(metric) && sample.contains(&label))
         });
         self.labels.insert(failure.label());
+        line
     }
 
     /// All that the test promised, and nothing else, was shown.

@@ -181,6 +181,13 @@ fn what_the_server_answers() {
         "{seen}"
     );
     shown.without_answer(Failure::BodyCut);
+    // Too late in its middle is a cut too.
+    let seen = curl(&client, &["http://limited/trickle"]);
+    assert!(seen.contains(" 200 OK"), "{seen}");
+    sidecar.wait_for_failure("body_cut", &["deadline"]);
+    let lines = sidecar.access_log();
+    let gone: Vec<_> = lines.iter().filter(|line| line["failure"] == "client_gone").collect();
+    assert!(gone.is_empty(), "the client did not leave: {gone:#?}");
     shown.complete();
 }
 

@@ -184,4 +184,10 @@ fn three_hops_are_one_tree_in_every_format() {
     assert_eq!(numbers, ["1", "2", "3"], "{spans:#?}");
     assert!(attempts.iter().all(|span| text(span, "error.type").as_deref() == Some("app_refused")));
     assert!(format!("{:?}", attempts[1].attributes).contains("unprocessed"), "{:#?}", attempts[1]);
+    // What was proven before it failed stands there; and the status of an answer of ours.
+    let peer = Some(weft_tests::identity("front"));
+    assert!(attempts.iter().all(|span| text(span, "weft.peer.identity") == peer), "{attempts:#?}");
+    assert!(attempts.iter().all(|span| text(span, "weft.tls.version").as_deref() == Some("1.3")));
+    let client = client.expect("a client span");
+    assert_eq!(text(client, "http.response.status_code").as_deref(), Some("503"), "{client:#?}");
 }

@@ -14,7 +14,7 @@ pub const NGINX: Need = Need::Program("nginx", "nginx-light");
 pub const PYTHON: Need = Need::Program("python3", "python3");
 
 /// Header fields that may differ through two sidecars, and why: the table of docs/differences.md.
-pub const DOCUMENTED_DIFFERENCES: [(&str, &str); 8] = [
+pub const DOCUMENTED_DIFFERENCES: [(&str, &str); 7] = [
     (
         "connection",
         "belongs to one hop; the sidecar keeps its clients' connections where an app would close them",
@@ -24,7 +24,6 @@ pub const DOCUMENTED_DIFFERENCES: [(&str, &str); 8] = [
     ("transfer-encoding", "belongs to one hop: a body of unknown length is framed anew"),
     ("te", "belongs to one hop, apart from `trailers`"),
     ("trailer", "announces the trailers of one hop's framing"),
-    ("traceparent", "a trace is started where there is none"),
     ("date", "time has passed; it is the app's own"),
 ];
 
@@ -65,6 +64,17 @@ impl Pair {
 
     /// The same with further flags for the client's and the server's sidecar.
     pub fn weave_with(&mut self, services: &[(&str, u16)], client: &[&str], server: &[&str]) {
+        self.weave_in(services, client, server, &[]);
+    }
+
+    /// The same with environment variables for both sidecars.
+    pub fn weave_in(
+        &mut self,
+        services: &[(&str, u16)],
+        client: &[&str],
+        server: &[&str],
+        variables: &[(&str, &str)],
+    ) {
         for (name, port) in services {
             self.publish(name, &format!("{}:{port}", self.server.ipv4()));
         }
@@ -74,8 +84,11 @@ impl Pair {
         flags.extend(["--publish", "false"]);
         flags.extend(server);
         self.client.hosts("127.0.0.1 localhost\n");
-        self.to = Some(self.mesh.sidecar(&self.server, "orders", &flags));
-        self.from = Some(self.mesh.sidecar(&self.client, "web", client));
+        let to = self.mesh.start_sidecar(&self.server, "orders", &flags, variables);
+        to.wait_until_ready(&self.server);
+        let from = self.mesh.start_sidecar(&self.client, "web", client, variables);
+        from.wait_until_ready(&self.client);
+        (self.to, self.from) = (Some(to), Some(from));
         for (name, _) in services {
             self.wait_for_name(name);
         }

@@ -1,9 +1,9 @@
 //! Python's grpcio and websockets: each client prints all it saw as JSON.
 
 use serde_json::Value;
-use weft_tests::{Need, Pod, output_of, python};
+use weft_tests::{Need, Pod, identity, output_of, python};
 
-use super::pair::{Pair, ROOT, app, can_run, start_app};
+use super::pair::{CURL, Pair, ROOT, app, can_run, start_app};
 
 fn saw(pod: &Pod, client: &str, target: &str) -> Value {
     let mut command = pod.command(python());
@@ -22,12 +22,7 @@ fn grpcio_sees_the_same() {
     assert_eq!(direct["deadline"], "DEADLINE_EXCEEDED");
     assert_eq!(direct["large"][0], 24 * 1024 * 1024);
     pair.weave(&[("orders", 50051)]);
-    let mut meshed = saw(&pair.client, "grpc_client.py", "orders:50051");
-    // a trace is started where there is none
-    let told = meshed["unary"][0]["metadata"].as_array_mut().unwrap();
-    told.retain(|pair| pair[0] != "traceparent");
-    let told = meshed["compressed"]["metadata"].as_array_mut().unwrap();
-    told.retain(|pair| pair[0] != "traceparent");
+    let meshed = saw(&pair.client, "grpc_client.py", "orders:50051");
     for (what, direct) in direct.as_object().unwrap() {
         assert_eq!(meshed[what], *direct, "{what}");
     }
@@ -45,6 +40,45 @@ fn a_grpc_call_that_the_mesh_fails_gets_a_grpc_status() {
     let mut command = pair.client.command(python());
     command.args(["-c", CALL, "orders:50051"]);
     assert_eq!(output_of(command), "UNAVAILABLE app_refused app_refused\n");
+    // The record has what the caller saw.
+    let from = pair.from.as_ref().expect("a sidecar");
+    let line = from.wait_for_failure("app_refused", &[]);
+    assert_eq!((&line["status"], &line["grpc_status"]), (&200.into(), &14.into()), "{line}");
+    assert_eq!((&line["peer_identity"], &line["tls_version"]), (&identity("orders").into(), &"1.3".into()));
+    let counted = "code=\"200\",failure=\"app_refused\"";
+    assert!(from.metrics(&pair.client).contains(counted), "{}", from.metrics(&pair.client));
+}
+
+/// What the OpenTelemetry SDK of the app records of 100 GETs without trace headers.
+fn recorded_by_the_app(pair: &Pair) -> String {
+    let mut calls = pair.client.command("curl");
+    calls.args(["-s", "-S", "-f", "-m", "60", "-o", "/dev/null", "http://orders:8080/[1-100]"]);
+    output_of(calls);
+    let mut ask = pair.client.command("curl");
+    ask.args(["-s", "-S", "-f", "-m", "20", "http://orders:8080/recorded"]);
+    output_of(ask)
+}
+
+#[test]
+fn an_opentelemetry_sdk_records_what_it_would_without_the_mesh() {
+    if !can_run(&[ROOT, CURL, Need::Python]) {
+        return;
+    }
+    // A collector that nobody runs is enough: what counts is what the sidecars pass on.
+    let collector = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318");
+    let never = ("OTEL_TRACES_SAMPLER", "parentbased_always_off");
+    let exporting = [collector, never];
+    let told = ["--propagate-unsampled", "true"];
+    for (variables, client, expected) in
+        [(&[][..], &[][..], "100 of 100"), (&exporting, &[], "100 of 100"), (&exporting, &told, "0 of 100")]
+    {
+        let mut pair = Pair::direct(&["orders"]);
+        let _app = start_app(&pair.server, &python().display().to_string(), "otel_app.py", 8080, &[]);
+        assert_eq!(recorded_by_the_app(&pair), "100 of 100", "without the mesh");
+        pair.weave_in(&[("orders", 8080)], client, &[], variables);
+        assert_eq!(recorded_by_the_app(&pair), expected, "{variables:?} {client:?}");
+        pair.assert_secured();
+    }
 }
 
 /// One call, and what came of it.

@@ -168,6 +168,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Lease {
+    /// Who proved to be there; none in plaintext.
+    pub fn peer(&self) -> Option<&VerifiedPeer> {
+        self.connection.peer()
+    }
+
     /// Begins to send a request at once (it is large: each future that it waits in would move it), then waits for the
     /// head of its answer. The connection stays in use until the returned guard is dropped or finished.
     ///
@@ -207,13 +212,19 @@ fn send_http1(
     })
 }
 
-impl InUse {
-    /// Who proved to be there; none in plaintext.
-    pub fn peer(&self) -> Option<&VerifiedPeer> {
-        match &self.connection {
+impl Connection {
+    fn peer(&self) -> Option<&VerifiedPeer> {
+        match self {
             Connection::Http2(stream) => stream.connection.peer.as_ref(),
             Connection::Http1(connection, _) => connection.peer.as_ref(),
         }
+    }
+}
+
+impl InUse {
+    /// Who proved to be there; none in plaintext.
+    pub fn peer(&self) -> Option<&VerifiedPeer> {
+        self.connection.peer()
     }
 
     /// Why we cut the connection, if we did.

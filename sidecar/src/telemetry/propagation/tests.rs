@@ -21,7 +21,8 @@ fn extract(lines: &[(&str, &str)]) -> Incoming {
 }
 
 fn said(trace_id: u128, decision: Option<bool>, debug: bool, formats: Formats) -> Incoming {
-    Incoming { parent: Some(Parent { trace_id, span_id: SPAN }), decision, debug, formats }
+    let undecided = if decision.is_none() { formats } else { Formats::NONE };
+    Incoming { parent: Some(Parent { trace_id, span_id: SPAN }), decision, debug, formats, undecided }
 }
 
 #[test]
@@ -132,7 +133,7 @@ fn the_first_format_wins_and_the_others_follow_it() {
     let context = begin(&Propagators::DEFAULT.extract(&all), true);
     Propagators::DEFAULT.inject(&context, &mut all);
     for format in [Formats::W3C, Formats::B3_SINGLE, Formats::B3_MULTI, Formats::JAEGER] {
-        let only = Propagators { read: format, always: Formats::NONE };
+        let only = Propagators { read: format, always: Formats::NONE, ..Propagators::DEFAULT };
         let read = only.extract(&all);
         assert_eq!(read.parent, Some(Parent { trace_id: TRACE, span_id: context.span_id }), "{format:?}");
         assert_eq!(read.decision, Some(true), "{format:?}");
@@ -151,7 +152,9 @@ fn what_is_written_is_exact() {
         parent_is_remote: false,
         sampled: true,
         debug: true,
+        decided: true,
         formats: Formats::ALL,
+        undecided: Formats::NONE,
     };
     let mut map = HeaderMap::new();
     Propagators::DEFAULT.inject(&short, &mut map);
@@ -173,15 +176,115 @@ fn what_is_written_is_exact() {
     assert_eq!(map["uber-trace-id"], "0af7651916cd43dd8448eb211c80319c:0000000000000def:0:0");
 }
 
+/// What the next one gets of these headers: (name, value) of those that have to do with tracing, sorted. `SPAN` stands
+/// for our span.
+fn next_hop(propagators: &Propagators, lines: &[(&str, &str)], sampler: Sampler) -> Vec<(String, String)> {
+    let mut map = headers(lines);
+    let incoming = propagators.extract(&map);
+    let context = TraceContext::begin(&incoming, &sampler, &mut fastrand::Rng::with_seed(7));
+    propagators.inject(&context, &mut map);
+    let shown = |value: &HeaderValue| {
+        value.to_str().unwrap().replace(&format!("{:016x}", context.span_id), "SPAN").replace(
+            &format!("{:032x}", context.trace_id),
+            if incoming.parent.is_some() { "TRACE" } else { "NEW" },
+        )
+    };
+    let mut seen: Vec<_> = map.iter().map(|(name, value)| (name.to_string(), shown(value))).collect();
+    seen.sort();
+    seen
+}
+
+#[test]
+fn a_negative_decision_is_passed_on_only_where_the_caller_made_one_or_the_setting_says_so() {
+    let (never, always) =
+        (Sampler { parent_based: true, ratio: 0.0 }, Sampler { parent_based: true, ratio: 1.0 });
+    let told = Propagators { unsampled: true, ..Propagators::DEFAULT };
+    let full = "0af7651916cd43dd8448eb211c80319c";
+    let open = format!("{full}-b7ad6b7169203331");
+    let multi = [("x-b3-traceid", full), ("x-b3-spanid", "b7ad6b7169203331")];
+    let no = W3C.replace("-01", "-00");
+    type Lines<'a> = &'a [(&'a str, &'a str)];
+    let table: &[(&Propagators, Sampler, Lines, Lines)] = &[
+        (&Propagators::DEFAULT, never, &[], &[]),
+        (&Propagators::DEFAULT, never, &[("baggage", "a=1")], &[("baggage", "a=1")]),
+        (&Propagators::DEFAULT, never, &[("traceparent", "broken"), ("tracestate", "a=1")], &[]),
+        (&Propagators::DEFAULT, always, &[], &[("traceparent", "00-NEW-SPAN-01")]),
+        (&told, never, &[], &[("traceparent", "00-NEW-SPAN-00")]),
+        (&Propagators::DEFAULT, never, &[("traceparent", &no)], &[("traceparent", "00-TRACE-SPAN-00")]),
+        (
+            &Propagators::DEFAULT,
+            never,
+            &[("x-b3-sampled", "0")],
+            &[
+                ("traceparent", "00-NEW-SPAN-00"),
+                ("x-b3-sampled", "0"),
+                ("x-b3-spanid", "SPAN"),
+                ("x-b3-traceid", "NEW"),
+            ],
+        ),
+        // Without a decision B3 stays without one, whatever we do ourselves.
+        (&Propagators::DEFAULT, never, &[("b3", &open)], &[("b3", "TRACE-SPAN")]),
+        (
+            &Propagators::DEFAULT,
+            always,
+            &[("b3", &open)],
+            &[("b3", "TRACE-SPAN"), ("traceparent", "00-TRACE-SPAN-01")],
+        ),
+        (
+            &Propagators::DEFAULT,
+            never,
+            &multi,
+            &[("x-b3-parentspanid", "b7ad6b7169203331"), ("x-b3-spanid", "SPAN"), ("x-b3-traceid", "TRACE")],
+        ),
+    ];
+    for (propagators, sampler, came, expected) in table {
+        let expected: Vec<_> =
+            expected.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        assert_eq!(next_hop(propagators, came, *sampler), expected, "{propagators:?} {sampler:?} {came:?}");
+    }
+}
+
+#[test]
+fn what_one_format_says_and_another_cannot_survives_any_number_of_hops() {
+    let full = "0af7651916cd43dd8448eb211c80319c";
+    let (debug, open) = (format!("{full}-b7ad6b7169203331-d"), format!("{full}-b7ad6b7169203331"));
+    let jaeger = format!("{full}:b7ad6b7169203331:0:3");
+    let multi = [("x-b3-traceid", full), ("x-b3-spanid", "b7ad6b7169203331"), ("x-b3-flags", "1")];
+    type Kept = fn(&HeaderMap) -> bool;
+    let table: [(&[(&str, &str)], Kept); 4] = [
+        (&[("b3", &debug)], |map| map["b3"].to_str().unwrap().ends_with("-d")),
+        (&multi, |map| map["x-b3-flags"] == "1" && !map.contains_key("x-b3-sampled")),
+        (&[("uber-trace-id", &jaeger)], |map| map["uber-trace-id"].to_str().unwrap().ends_with(":3")),
+        (&[("b3", &open)], |map| map["b3"].to_str().unwrap().matches('-').count() == 1),
+    ];
+    for (came, kept) in table {
+        let mut map = headers(came);
+        for hop in 1..=4 {
+            let context = begin(&Propagators::DEFAULT.extract(&map), true);
+            Propagators::DEFAULT.inject(&context, &mut map);
+            assert!(kept(&map), "{came:?} after {hop} hops: {map:?}");
+            // `traceparent` is written from the first hop on, and is read first.
+            assert!(map["traceparent"].to_str().unwrap().ends_with("-01"), "{came:?}");
+        }
+    }
+    // Of another trace nothing is taken over.
+    let other = extract(&[("traceparent", W3C), ("b3", "0000000000000001-0000000000000002-d")]);
+    assert!(!other.debug, "{other:?}");
+}
+
 #[test]
 fn only_the_chosen_formats_are_touched() {
-    let none = Propagators { read: Formats::NONE, always: Formats::NONE };
+    let none = Propagators { read: Formats::NONE, always: Formats::NONE, ..Propagators::DEFAULT };
     let sent = headers(&[("traceparent", "broken"), ("b3", "1"), ("tracestate", "a=1")]);
     let mut passed_on = sent.clone();
     none.inject(&begin(&none.extract(&sent), true), &mut passed_on);
     assert_eq!(passed_on, sent);
 
-    let b3 = Propagators { read: Formats::B3_SINGLE.and(Formats::B3_MULTI), always: Formats::B3_SINGLE };
+    let b3 = Propagators {
+        read: Formats::B3_SINGLE.and(Formats::B3_MULTI),
+        always: Formats::B3_SINGLE,
+        ..Propagators::DEFAULT
+    };
     let mut passed_on = headers(&[("traceparent", W3C), ("x-b3-sampled", "1")]);
     let context = begin(&b3.extract(&passed_on), true);
     assert_eq!(context.parent_id, 0);

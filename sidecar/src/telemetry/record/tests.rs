@@ -246,7 +246,139 @@ async fn what_is_not_sampled_leaves_no_span_and_remembers_no_words() {
     drop(record);
     assert!(seen.spans().is_empty());
     let record = Seen::new(AccessLogMode::Off, &[]).begin(Direction::Inbound, &[("traceparent", PARENT)]);
-    assert!(record.trace().sampled && record.inner.words.is_none(), "without a collector nothing is kept");
+    assert!(record.inner.words.is_none(), "without a collector nothing is kept");
+}
+
+#[tokio::test]
+async fn who_exports_nothing_decides_nothing_and_passes_on_what_came() {
+    let open = "0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331";
+    let table: [&[(&str, &str)]; 8] = [
+        &[],
+        &[("traceparent", PARENT), ("tracestate", "a=1")],
+        &[("traceparent", &PARENT.replace("-01", "-00"))],
+        &[("traceparent", "what is this"), ("tracestate", "a=1")],
+        &[("b3", open)],
+        &[("b3", "0")],
+        &[("x-b3-traceid", "8448eb211c80319c"), ("x-b3-spanid", "b7ad6b7169203331"), ("x-b3-flags", "1")],
+        &[("uber-trace-id", "1:2:0:0"), ("baggage", "k=v"), ("b3", "1-2-1")],
+    ];
+    // With every reason to write that there could be.
+    let always = ("OTEL_TRACES_SAMPLER", "always_on");
+    let b3 = ("OTEL_PROPAGATORS", "b3,jaeger");
+    let off = ("OTEL_SDK_DISABLED", "true");
+    let endpoint = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9");
+    for variables in [&[always][..], &[b3], &[always, endpoint, off]] {
+        for mode in [AccessLogMode::Off, AccessLogMode::All] {
+            let seen = Seen::new(mode, variables);
+            for lines in table {
+                let came: HeaderMap = lines
+                    .iter()
+                    .map(|(name, value)| {
+                        let name = hyper::http::HeaderName::from_bytes(name.as_bytes()).unwrap();
+                        (name, HeaderValue::from_str(value).unwrap())
+                    })
+                    .collect();
+                let mut record = seen.begin(Direction::Outbound, lines);
+                let attempt = record.attempt("10.1.0.9:8080".parse().unwrap(), None);
+                for trace in [*record.trace(), attempt] {
+                    let mut passed_on = came.clone();
+                    record.inject(&trace, &mut passed_on);
+                    assert_eq!(passed_on, came, "{variables:?}");
+                }
+                record.complete();
+            }
+        }
+    }
+    // The access log shows what the caller said, and no trace that exists nowhere else.
+    let seen = Seen::new(AccessLogMode::All, &[]);
+    for headers in [&[][..], &[("traceparent", PARENT)], &[("b3", open)]] {
+        seen.begin(Direction::Inbound, headers).complete();
+    }
+    let lines = seen.lines().await;
+    let told: Vec<_> =
+        lines.iter().map(|line| (&line["trace_id"], &line["span_id"], &line["sampled"])).collect();
+    let (trace, span) = (&"0af7651916cd43dd8448eb211c80319c".into(), &"b7ad6b7169203331".into());
+    let none = &Value::Null;
+    assert_eq!(told, [(none, none, none), (trace, span, &true.into()), (trace, span, &false.into())]);
+}
+
+#[tokio::test]
+async fn the_peer_is_named_wherever_it_was_proven() {
+    let mut seen = Seen::exporting(AccessLogMode::Failures);
+    let mut record = seen.begin(Direction::Outbound, &[("traceparent", PARENT)]);
+    record.attempt(endpoint(), None);
+    record.peer(Some(&CALLER.parse().unwrap()));
+    record.attempt_failed(&Failed::new(Failure::Reset, "10.1.0.9:8080 reset"));
+    record.attempt(endpoint(), Some("reset"));
+    record.attempt_failed(&Failed::new(Failure::ConnectRefused, "10.1.0.9:8080 refused"));
+    record.attempt(endpoint(), Some("connect_refused"));
+    record.peer(Some(&CALLER.parse().unwrap()));
+    record.attempt_failed(&Failed::new(Failure::Reset, "10.1.0.9:8080 reset"));
+    record.fail(Failed::new(Failure::Reset, "10.1.0.9:8080 reset"));
+    drop(record);
+    let peers: Vec<_> = seen
+        .spans()
+        .iter()
+        .map(|span| (attribute(span, "weft.peer.identity"), attribute(span, "weft.tls.version")))
+        .collect();
+    let proven = (Some(CALLER.to_owned()), Some("1.3".to_owned()));
+    assert_eq!(peers, [proven.clone(), (None, None), proven.clone(), proven]);
+    let mut plain = seen.telemetry.connection(Direction::Inbound, "10.0.0.7:1".parse().unwrap());
+    plain.fail(Failed::new(Failure::Reset, "reset"));
+    drop(plain);
+    let mut secured = seen.telemetry.connection(Direction::Inbound, "10.0.0.7:1".parse().unwrap());
+    secured.peer(Some(&CALLER.parse().unwrap()));
+    secured.fail(Failed::new(Failure::Reset, "reset"));
+    drop(secured);
+    let lines = seen.lines().await;
+    let told: Vec<_> = lines.iter().map(|line| (&line["peer_identity"], &line["tls_version"])).collect();
+    let (yes, no) = ((&CALLER.into(), &"1.3".into()), (&Value::Null, &Value::Null));
+    assert_eq!(told, [yes, no, yes]);
+}
+
+#[tokio::test]
+async fn a_grpc_status_is_an_error_for_whom_the_conventions_say() {
+    let mut seen = Seen::exporting(AccessLogMode::Off);
+    for status in 0..=16 {
+        for direction in [Direction::Inbound, Direction::Outbound] {
+            let mut record = seen.begin(direction, &[("traceparent", PARENT)]);
+            if direction == Direction::Outbound {
+                record.attempt(endpoint(), None);
+                record.attempt_answered(200);
+            }
+            record.status(200);
+            // From the trailers, so after the head.
+            record.grpc_status(status);
+            record.complete();
+        }
+    }
+    // A retried answer that had trailers only.
+    let mut record = seen.begin(Direction::Outbound, &[("traceparent", PARENT)]);
+    record.attempt(endpoint(), None);
+    record.attempt_answered(200);
+    record.attempt_grpc_status(14);
+    record.attempt(endpoint(), Some("503"));
+    record.status(200);
+    record.grpc_status(0);
+    record.complete();
+    drop(record);
+    let spans = seen.spans();
+    let (each, last) = spans.split_at(17 * 3);
+    for (status, spans) in each.chunks(3).enumerate() {
+        for span in spans {
+            let is_error = match span.kind() {
+                SpanKind::Server => [2, 4, 12, 13, 14, 15].contains(&status),
+                _ => status != 0,
+            };
+            let marked = span.status.as_ref().is_some_and(|status| status.code() == StatusCode::Error);
+            assert_eq!(marked, is_error, "{status} {:?}", span.kind());
+            let code = Some(status.to_string());
+            assert_eq!(attribute(span, "rpc.grpc.status_code"), code);
+            assert_eq!(attribute(span, "error.type"), code.filter(|_| is_error));
+        }
+    }
+    let marked: Vec<_> = last.iter().map(|span| span.status.is_some()).collect();
+    assert_eq!(marked, [true, false, false], "{last:#?}");
 }
 
 #[tokio::test]

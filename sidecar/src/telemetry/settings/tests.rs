@@ -44,10 +44,11 @@ fn samplers() {
 #[test]
 fn propagators() {
     let chosen = |text| well(&[("OTEL_PROPAGATORS", text)]).propagators;
+    let only = |read, always| Propagators { read, always, ..Propagators::DEFAULT };
     let both = Formats::B3_SINGLE.and(Formats::B3_MULTI);
-    assert_eq!(chosen("none"), Propagators { read: Formats::NONE, always: Formats::NONE });
-    assert_eq!(chosen("tracecontext,baggage"), Propagators { read: Formats::W3C, always: Formats::W3C });
-    assert_eq!(chosen("b3"), Propagators { read: both, always: Formats::B3_SINGLE });
+    assert_eq!(chosen("none"), only(Formats::NONE, Formats::NONE));
+    assert_eq!(chosen("tracecontext,baggage"), only(Formats::W3C, Formats::W3C));
+    assert_eq!(chosen("b3"), only(both, Formats::B3_SINGLE));
     assert_eq!(chosen(" b3multi , jaeger").always, Formats::B3_MULTI.and(Formats::JAEGER));
 }
 
