@@ -105,6 +105,14 @@ impl Connection {
         &self.cut
     }
 
+    /// A client that left in the middle of a request ended both, and the record of the request says so. On HTTP/1: on
+    /// HTTP/2 a request that its client took back says nothing of the connection.
+    fn is_told_by_its_request(&self) -> bool {
+        let is_http1 = matches!(self.opened, Some((_, Protocol::Http1, _)));
+        let is_gone = self.failed.as_ref().is_some_and(|failed| failed.failure == Failure::ClientGone);
+        is_http1 && is_gone && self.cut.is_client_gone_told()
+    }
+
     /// Opaque bytes, and not requests that have lines of their own.
     fn is_opaque(&self) -> bool {
         self.opened.as_ref().is_some_and(|(_, protocol, _)| protocol.http().is_none())
@@ -115,6 +123,9 @@ impl Drop for Connection {
     fn drop(&mut self) {
         if self.failed.is_none() && std::thread::panicking() {
             self.failed = Some(Failed::new(Failure::Internal, "a task ended with a panic"));
+        }
+        if self.is_told_by_its_request() {
+            self.failed = None;
         }
         if let Some(failed) = &self.failed {
             self.telemetry.metrics.connection_failed(self.direction, failed.failure);

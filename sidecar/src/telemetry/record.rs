@@ -285,6 +285,9 @@ impl Drop for Record {
             });
         }
         let inner = &mut *self.inner;
+        if inner.failure == Some(Failure::ClientGone) {
+            inner.cut.client_left();
+        }
         let took = inner.started.elapsed();
         let request_bytes = inner.request_bytes();
         let key = RequestKey {

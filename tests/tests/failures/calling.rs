@@ -71,6 +71,9 @@ fn what_the_app_sends() {
     let seen = curl(&client, &["-m", "0.3", "http://orders/stall"]);
     assert!(seen.contains("curl failed 28"), "{seen}");
     shown.without_answer(Failure::ClientGone);
+    let lines = sidecar.access_log();
+    let gone: Vec<_> = lines.iter().filter(|line| line["failure"] == "client_gone").collect();
+    assert!(matches!(gone[..], [line] if line["kind"] == "request"), "one client left once: {gone:#?}");
 
     let seen = curl(&client, &["http://127.0.0.1:15001/"]);
     shown.answered(Failure::Loop, &seen[..]);
@@ -182,7 +185,7 @@ fn what_the_server_answers() {
     );
     shown.without_answer(Failure::BodyCut);
     // Too late in its middle is a cut too.
-    let seen = curl(&client, &["http://limited/trickle"]);
+    let seen = curl(&client, &["http://limited/slow"]);
     assert!(seen.contains(" 200 OK"), "{seen}");
     sidecar.wait_for_failure("body_cut", &["deadline"]);
     let lines = sidecar.access_log();
