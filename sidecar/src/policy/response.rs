@@ -68,7 +68,7 @@ impl GrpcStatus {
 /// answer itself and is believed: it says more than the status that comes with it.
 pub fn head_speaks_against_endpoint(label: Option<Failure>, status: u16, grpc: Option<GrpcStatus>) -> bool {
     match label {
-        Some(failure) if failure.side() == Side::Client || failure == Failure::RequestTimeout => false,
+        Some(failure) if failure.side() == Side::Client || is_of_the_request(failure) => false,
         Some(failure) if failure_speaks_against_endpoint(failure) => true,
         _ => matches!(status, 502..=504) || grpc.is_some_and(GrpcStatus::speaks_against_endpoint),
     }
@@ -77,8 +77,12 @@ pub fn head_speaks_against_endpoint(label: Option<Failure>, status: u16, grpc: O
 /// Does this failure of an attempt count as a failure of its endpoint? What the caller or the mesh did wrong does
 /// not, nor does a request's own deadline, which may have been short from the start, nor a head that no endpoint may send.
 pub fn failure_speaks_against_endpoint(failure: Failure) -> bool {
-    let is_of_the_request = matches!(failure, Failure::RequestTimeout | Failure::ResponseHeadersTooLarge);
-    failure.side() == Side::Upstream && !is_of_the_request
+    failure.side() == Side::Upstream && !is_of_the_request(failure)
+}
+
+/// Would any other endpoint fail at this request too?
+fn is_of_the_request(failure: Failure) -> bool {
+    matches!(failure, Failure::RequestTimeout | Failure::ResponseHeadersTooLarge)
 }
 
 #[cfg(test)]
@@ -122,6 +126,7 @@ mod tests {
             (Failure::Draining, 200, Some("14"), true),
             (Failure::RequestTimeout, 504, None, false),
             (Failure::RequestTimeout, 200, Some("4"), false),
+            (Failure::ResponseHeadersTooLarge, 502, None, false),
             (Failure::HeadersTooLarge, 200, Some("13"), false),
             (Failure::PlaintextRefused, 403, None, false),
         ] {
@@ -151,6 +156,7 @@ mod tests {
             (Failure::AttemptTimeout, true),
             (Failure::BodyCut, true),
             (Failure::RequestTimeout, false),
+            (Failure::ResponseHeadersTooLarge, false),
             (Failure::ClientGone, false),
             (Failure::NoIdentity, false),
             (Failure::Overloaded, false),
