@@ -71,7 +71,7 @@ pub enum BodyEnd {
     Cut(String),
     /// It was broken off at the time set by [`Body::until`].
     TimeOver,
-    /// Its reader went away.
+    /// Its reader went away, or broke off the request whose answer it is.
     Abandoned,
 }
 
@@ -188,6 +188,11 @@ impl Source {
         }
     }
 
+    /// Did the answer break off because its request did?
+    fn request_broke(&self) -> bool {
+        matches!(self, Source::Received(received) if received.request_broke())
+    }
+
     fn is_end(&self) -> bool {
         match self {
             Source::Empty => true,
@@ -233,6 +238,7 @@ impl http_body::Body for Body {
                 }
             }
             Some(Err(_)) if is_over => self.ended(BodyEnd::TimeOver),
+            Some(Err(_)) if self.source.request_broke() => self.ended(BodyEnd::Abandoned),
             Some(Err(error)) => {
                 let reason = error.to_string();
                 self.ended(BodyEnd::Cut(reason));

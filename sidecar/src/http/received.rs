@@ -18,6 +18,8 @@ pub(super) struct Received {
     /// Bytes still to come, where the head said so.
     left: Option<u64>,
     data_ended: bool,
+    /// It broke off because we reset the stream: its request had broken off.
+    request_broke: bool,
     /// Of the request, which may still be on its way.
     rest: Option<Rest>,
 }
@@ -27,7 +29,7 @@ impl Received {
     pub(super) fn new(head: &HeaderMap, stream: RecvStream, rest: Option<Rest>) -> Self {
         let said = || head.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok();
         let left = if stream.is_end_stream() { Some(0) } else { said() };
-        Received { stream, left, data_ended: false, rest }
+        Received { stream, left, data_ended: false, request_broke: false, rest }
     }
 
     pub(super) fn poll(
@@ -46,14 +48,26 @@ impl Received {
                 Some(Err(error)) if error.reason() == Some(Reason::NO_ERROR) && self.left == Some(0) => {
                     return Poll::Ready(None);
                 }
-                Some(Err(error)) => return Poll::Ready(Some(Err(as_text(&error)))),
+                Some(Err(error)) => return Poll::Ready(Some(Err(self.broke(&error)))),
                 None => self.data_ended = true,
             }
         }
         let trailers = ready!(self.stream.poll_trailers(context));
         Poll::Ready(
-            trailers.map_err(|error| as_text(&error)).transpose().map(|read| read.map(Frame::trailers)),
+            trailers.map_err(|error| self.broke(&error)).transpose().map(|read| read.map(Frame::trailers)),
         )
+    }
+
+    /// The reason is of this hop alone: on the next, REFUSED_STREAM would say that nothing was processed, and NO_ERROR
+    /// that all was.
+    fn broke(&mut self, error: &h2::Error) -> BodyError {
+        self.request_broke = error.is_reset() && !error.is_remote() && !error.is_library();
+        error.to_string().into()
+    }
+
+    /// Did it break off for its request, and not for its server?
+    pub(super) fn request_broke(&self) -> bool {
+        self.request_broke
     }
 
     /// Neither the answer nor the rest of its request is wanted.
@@ -84,10 +98,4 @@ impl Drop for Received {
             rest.goes_on();
         }
     }
-}
-
-/// The reason is of this hop alone: on the next, REFUSED_STREAM would say that nothing was processed, and NO_ERROR that
-/// all was.
-fn as_text(error: &h2::Error) -> BodyError {
-    error.to_string().into()
 }

@@ -12,7 +12,7 @@ use tokio::{
 };
 
 use super::*;
-use crate::http::body::BodyError;
+use crate::http::{BodyEnd, Ended, body::BodyError};
 
 type Server = server::Connection<TcpStream, Bytes>;
 type Sent = Result<Response<Body>, SendFailed>;
@@ -174,6 +174,29 @@ async fn an_answer_that_was_cut_is_not_taken_for_whole() {
         assert!(reset_with(reason).await.is_err(), "{reason}");
     }
     assert!(reset_with(Reason::NO_ERROR).await.is_err(), "before the end that h2 saw");
+}
+
+#[tokio::test]
+async fn an_answer_ends_with_its_request_and_its_server_is_not_to_blame() {
+    let (source, mut server, _) = connection().await;
+    let answer = sending(&source, "");
+    let (_question, mut respond) = request(&mut server).await;
+    drive(server);
+    let mut origin = respond.send_response(Response::new(()), false).unwrap();
+    let body = answer.await.unwrap().unwrap().into_body();
+
+    let (sender, mut server, _) = connection().await;
+    let question = Request::post("http://orders/").body(body).unwrap();
+    let answer = tokio::spawn(send(&mut sender.clone(), question));
+    let (_question, mut respond) = request(&mut server).await;
+    drive(server);
+    let _never_ended = respond.send_response(Response::new(()), false).unwrap();
+    let (tell, ended) = tokio::sync::oneshot::channel();
+    let tell = |ended: &Ended| drop(tell.send(ended.how.clone()));
+    let body = answer.await.unwrap().unwrap().into_body().observed(tell);
+    origin.send_reset(Reason::CANCEL);
+    assert!(body.collect().await.is_err());
+    assert!(matches!(ended.await.unwrap(), BodyEnd::Abandoned));
 }
 
 /// Why the stream of a client ends whose answer comes from an answer that is reset after its first bytes.
