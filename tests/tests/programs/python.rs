@@ -1,7 +1,9 @@
 //! Python's grpcio and websockets: each client prints all it saw as JSON.
 
+use std::process::Command;
+
 use serde_json::Value;
-use weft_tests::{Need, Pod, identity, output_of, python};
+use weft_tests::{Need, Pod, identity, output_of, program, python};
 
 use super::pair::{CURL, Pair, ROOT, app, can_run, start_app};
 
@@ -89,6 +91,47 @@ try:
     channel.unary_unary('/tests.Echo/Unary')(b'', timeout=15)
 except grpc.RpcError as error:
     print(error.code().name, error.details(), dict(error.trailing_metadata() or error.initial_metadata()).get('x-weft-failure'))
+";
+
+#[test]
+fn a_grpc_status_in_trailers_counts_for_the_breaker() {
+    if !can_run(&[ROOT, Need::Python]) {
+        return;
+    }
+    let mut pair = Pair::direct(&["orders"]);
+    let _app = start_app(&pair.server, &python().display().to_string(), "grpc_app.py", 50051, &[]);
+    pair.weave(&[("orders", 50051)]);
+    for (method, status, failures) in [
+        ("FailLate", "DATA_LOSS\n", 1),
+        ("FailLate", "DATA_LOSS\n", 2),
+        ("Endless", "CANCELLED\n", 2),
+        ("ServerStream", "OK\n", 0),
+        ("FailLate", "DATA_LOSS\n", 1),
+        ("Fail", "FAILED_PRECONDITION\n", 0),
+    ] {
+        let mut command = pair.client.command(python());
+        command.args(["-c", STREAM, "orders:50051", method]);
+        assert_eq!(output_of(command), status);
+        // The only endpoint of a service is never put out, and its failures in a row are shown.
+        let mut show = Command::new(program("weft-sidecar"));
+        show.args(["show", "endpoints", "--admin-socket"]).arg(pair.from.as_ref().unwrap().socket());
+        let shown: Value = serde_json::from_str(&output_of(show)).unwrap();
+        assert_eq!(shown["orders"]["endpoints"][0]["failures"], failures, "{method}: {shown}");
+    }
+}
+
+/// A stream that is read to its end, or cancelled where it has none; and its status.
+const STREAM: &str = "
+import grpc, sys
+channel = grpc.insecure_channel(sys.argv[1], options=[('grpc.enable_retries', 0)])
+stream = channel.unary_stream('/tests.Echo/' + sys.argv[2])(b'3', timeout=15)
+try:
+    for _ in stream:
+        if sys.argv[2] == 'Endless':
+            stream.cancel()
+    print('OK')
+except grpc.RpcError as error:
+    print(error.code().name)
 ";
 
 /// A server of gRPC takes PINGs without data more often than every five minutes for an attack.
