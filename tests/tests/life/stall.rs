@@ -97,15 +97,13 @@ fn stalled_bodies_delay_nobody_on_their_own_connection() {
     });
 }
 
-/// Begins so many uploads, reads their answers, and goes on with them until it is ended.
+/// Begins so many uploads, one when the one before was answered, and goes on with all until it is ended.
 const UPLOADS: &str = r#"
 import socket, sys, time
 HEAD = b"POST /early HTTP/1.1\r\nHost: orders\r\nTransfer-Encoding: chunked\r\n\r\n"
 uploads = [socket.create_connection(("orders", 80), timeout=20) for _ in range(int(sys.argv[1]))]
 for upload in uploads:
-    upload.sendall(HEAD)
-for upload in uploads:
-    upload.sendall(b"5\r\nhello\r\n")
+    upload.sendall(HEAD + b"5\r\nhello\r\n")
     answer = b""
     while not answer.endswith(b"\r\n\r\nno"):
         piece = upload.recv(1000)
