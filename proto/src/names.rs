@@ -44,6 +44,9 @@ pub const ALPN_HTTP1: &[u8] = b"weft-h1";
 /// TLS between sidecars, the app's own bytes inside.
 pub const ALPN_TCP: &[u8] = b"weft-tcp";
 
+/// The same behind one byte of the server, which says whether its app has taken the connection.
+pub const ALPN_TCP_CONFIRMED: &[u8] = b"weft-tcp2";
+
 /// In the registry's metadata of an instance: the SPIFFE ids that a client may meet there, separated by commas.
 pub const META_IDENTITY: &str = "weft-identity";
 /// What the instance speaks: `http1`, `http2`, `grpc`, `tls`, `tcp`.

@@ -9,5 +9,5 @@ mod read_ahead;
 
 pub use classify::{LOOK, Verdict, classify, may_be_tls};
 pub use client_hello::{HELLO_BYTES, Hello, HelloReader, client_hello};
-pub use first_to_speak::{FirstToSpeak, client_speaks, first_to_speak};
+pub use first_to_speak::{FirstToSpeak, client_speaks, first_to_speak, server_speaks};
 pub use read_ahead::{Heard, ReadAhead, read_ahead};

@@ -23,12 +23,12 @@ use tokio::{
 };
 
 use crate::{
-    connect::{self, Connector, Key, Lease, Pool, Security, trust_ended},
+    connect::{self, Connector, Key, Lease, Pool, Security, trust_in_bytes_ended},
     detect::{self, FirstToSpeak, Heard, Hello, ReadAhead},
     drain::Draining,
     http::{self, HttpLimits, Upgrade},
-    model::{Failed, Failure, HttpVersion, MutualTls, Protocol, Result},
-    net::{self, Stream},
+    model::{ExpiredPeers, Failed, Failure, HttpVersion, MutualTls, Protocol, Result},
+    net::{self, BrokenSide, Stream},
     policy::authorization::{Permit, authorize},
     serve::SilentLimit,
     telemetry::{self, Direction, ServiceMetrics, Telemetry},
@@ -163,7 +163,7 @@ impl Inbound {
         let protocol = match alpn {
             Alpn::Http2 => Protocol::Http2,
             Alpn::Http1 => Protocol::Http1,
-            Alpn::Tcp => Protocol::Opaque,
+            Alpn::Tcp | Alpn::ConfirmedTcp => Protocol::Opaque,
         };
         self.carry(stream, protocol, arrival, draining, record).await
     }
@@ -176,9 +176,13 @@ impl Inbound {
         draining: Draining,
         record: &mut telemetry::Connection,
     ) -> Result<()> {
+        let permit = self.permit(&arrival).inspect_err(|_| net::reset(&stream))?;
         let listening = async {
-            let mut app = self.connect_app(&arrival).await?;
-            let first = detect::first_to_speak(&mut stream, &mut app).await;
+            let mut app = self.connect_app(&arrival, &permit).await?;
+            let first = tokio::select! {
+                first = detect::first_to_speak(&mut stream, &mut app) => first,
+                over = self.welcome_over(&arrival, ExpiredPeers::Close) => return Err(over),
+            };
             Ok::<_, Failed>((first.map_err(|error| client_broke(&error))?, app))
         };
         let heard = self.silent.wait(arrival.client.ip(), listening).await.and_then(|heard| heard);
@@ -189,10 +193,9 @@ impl Inbound {
                 Box::pin(self.heard(stream, ahead, arrival, draining, record)).await
             }
             FirstToSpeak::Server => {
-                self.permit(&arrival)?;
                 record.endpoint(arrival.app.now());
                 record.opened(security(&arrival.caller, Protocol::Opaque), Protocol::Opaque);
-                self.copy(stream, app, &arrival, record).await
+                self.copy(stream, app, &arrival, permit, record).await
             }
         }
     }
@@ -236,10 +239,35 @@ impl Inbound {
         record.opened(security(&arrival.caller, protocol), protocol);
         match protocol.http() {
             Some(version) => self.serve(stream, version, arrival, draining, record).await,
-            None => {
-                let app = self.connect_own(&arrival).await.inspect_err(|_| net::reset(&stream))?;
+            None => self.bytes(stream, arrival, record).await,
+        }
+    }
+
+    /// Bytes, once the app has taken the connection. A sidecar that understands it is told that it has, or that it has
+    /// not: then the sidecar may go elsewhere.
+    async fn bytes(
+        self: &Arc<Self>,
+        mut stream: Stream,
+        arrival: Arrival,
+        record: &mut telemetry::Connection,
+    ) -> Result<()> {
+        let is_told = connect::is_confirmed(&stream);
+        let permit = self.permit(&arrival).inspect_err(|_| net::reset(&stream))?;
+        match self.connect_app(&arrival, &permit).await {
+            Ok(app) => {
                 record.endpoint(arrival.app.now());
-                self.copy(stream, app, &arrival, record).await
+                if is_told {
+                    connect::confirm(&mut stream).await.map_err(|error| client_broke(&error))?;
+                }
+                self.copy(stream, app, &arrival, permit, record).await
+            }
+            Err(failed) => {
+                if is_told {
+                    connect::refuse(stream).await;
+                } else {
+                    net::reset(&stream);
+                }
+                Err(failed)
             }
         }
     }
@@ -260,7 +288,7 @@ impl Inbound {
         let stop = async {
             tokio::select! {
                 () = draining.started() => Failed::new(Failure::Draining, "the sidecar stops"),
-                over = self.welcome_over(&arrival) => over,
+                over = self.welcome_over(&arrival, ExpiredPeers::Close) => over,
             }
         };
         let limits = match &arrival.caller {
@@ -269,7 +297,10 @@ impl Inbound {
         };
         http::serve(stream, version, &limits, stop, self.drain_timeout, &arrival.cut, answer).await?;
         match arrival.upgrade.upgraded().await.map_err(|error| broke(&error))? {
-            Some(upgraded) => self.copy(upgraded.client, upgraded.server, &arrival, record).await,
+            Some(upgraded) => {
+                let permit = self.permit(&arrival)?;
+                self.copy(upgraded.client, upgraded.server, &arrival, permit, record).await
+            }
             None => Ok(()),
         }
     }
@@ -280,24 +311,29 @@ impl Inbound {
         client: Stream,
         app: Stream,
         arrival: &Arrival,
-        record: &mut telemetry::Connection,
+        _permit: Permit,
+        record: &telemetry::Connection,
     ) -> Result<()> {
+        let copying =
+            net::copy_both_ways(client, app, |count| record.sent(count), |count| record.received(count));
         tokio::select! {
-            (copied, ended) = net::copy_both_ways(client, app) => {
-                record.bytes(copied.forth, copied.back);
-                ended.map_err(|error| broke(&error))
-            }
-            over = self.welcome_over(arrival) => Err(over),
+            ended = copying => ended.map_err(|broken| copying_broke(&broken)),
+            over = self.welcome_over(arrival, self.connector.expired_peers()) => Err(over),
         }
     }
 
-    /// Resolves when this caller may no longer be here: the trust in a peer has ended, or plaintext is no longer
-    /// taken. Boxed, as most of a connection's life it only waits.
-    fn welcome_over<'a>(&'a self, arrival: &'a Arrival) -> Pin<Box<dyn Future<Output = Failed> + Send + 'a>> {
-        Box::pin(async {
+    /// Resolves when this caller may no longer be here: the trust in a peer has ended, for which the end of its
+    /// certificate counts or does not, or plaintext is no longer taken. Boxed, as most of a connection's life it only
+    /// waits.
+    fn welcome_over<'a>(
+        &'a self,
+        arrival: &'a Arrival,
+        expired: ExpiredPeers,
+    ) -> Pin<Box<dyn Future<Output = Failed> + Send + 'a>> {
+        Box::pin(async move {
             match &arrival.caller {
                 Caller::Peer(peer) => {
-                    trust_ended(peer, self.credentials.clone(), Duration::ZERO).await;
+                    trust_in_bytes_ended(peer, self.credentials.clone(), expired).await;
                     connect::trust_is_over(peer)
                 }
                 Caller::Plaintext => {
@@ -314,8 +350,8 @@ impl Inbound {
     /// # Errors
     /// As for a connection from outside.
     pub async fn connect_own(&self, arrival: &Arrival) -> Result<Stream> {
-        self.permit(arrival)?;
-        self.connect_app(arrival).await
+        let permit = self.permit(arrival)?;
+        self.connect_app(arrival, &permit).await
     }
 
     /// The same for a request that may stop being HTTP.
@@ -339,7 +375,7 @@ impl Inbound {
         authorize(arrival.caller.identity(), self.delivery.mutual_tls(arrival.meant.port()), arrival.client)
     }
 
-    async fn connect_app(&self, arrival: &Arrival) -> Result<Stream> {
+    async fn connect_app(&self, arrival: &Arrival, _permit: &Permit) -> Result<Stream> {
         let connect = |address| self.connector.connect(address, &Security::Plain, Alpn::Tcp, APP_TIMEOUT);
         arrival.app.reach(connect).await.map(|secured| secured.stream).map_err(as_app)
     }
@@ -388,6 +424,14 @@ fn names_the_mesh(ahead: &ReadAhead) -> bool {
 
 fn broke(error: &io::Error) -> Failed {
     Failed::new(Failure::Reset, error.to_string())
+}
+
+/// Which side of the bytes broke them off.
+fn copying_broke(broken: &net::Broken) -> Failed {
+    match broken.side {
+        BrokenSide::First => client_broke(&broken.error),
+        BrokenSide::Second => broke(&broken.error),
+    }
 }
 
 fn client_broke(error: &io::Error) -> Failed {

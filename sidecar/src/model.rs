@@ -7,6 +7,6 @@ mod protocol;
 mod service;
 
 pub use failure::{Failed, Failure, Result, Side};
-pub use policy::{Breaker, Budget, MutualTls, Policy, Retries, Timeouts};
+pub use policy::{Breaker, Budget, ExpiredPeers, KeyExchange, MutualTls, Policy, Retries, Timeouts};
 pub use protocol::{HttpVersion, Protocol};
 pub use service::{DEFAULT_WEIGHT, Endpoint, InvalidName, Registered, Service, ServiceName};

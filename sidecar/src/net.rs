@@ -7,7 +7,7 @@ mod original_destination;
 mod socket;
 mod stream;
 
-pub use copy::{Copied, copy_both_ways};
+pub use copy::{Broken, BrokenSide, copy_both_ways};
 pub use half_close::HalfClose;
 pub use original_destination::original_destination;
 pub use socket::{dial, listen, listen_shared, reset, set_options};

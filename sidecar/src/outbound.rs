@@ -8,6 +8,7 @@ mod request;
 mod tunnel;
 mod upstream;
 
+use tunnel::{Tunnel, Waiting};
 pub use upstream::{Known, Upstream, Upstreams};
 
 use std::{collections::HashMap, io, net::SocketAddr, sync::Arc, time::Duration};
@@ -21,7 +22,7 @@ use tokio::{
 use crate::{
     config::Mode,
     connect::{self, Connector, Pool},
-    detect::{self, FirstToSpeak, Heard},
+    detect::{self, Heard},
     discovery::{Destination, Directory, Registry, VirtualAddresses},
     drain::Draining,
     http::{self, HttpLimits, Upgrade, Upgraded},
@@ -239,40 +240,18 @@ impl Outbound {
         draining: Draining,
         record: &mut telemetry::Connection,
     ) -> Result<()> {
-        // A client that opens connections before it needs them may speak before the server is there. If that is HTTP,
+        // A client that opens connections before it needs them may speak before the server does. If that is HTTP,
         // the server was dialled for nothing.
-        let met = {
-            let mut opening = std::pin::pin!(self.open_tunnel(&target, record));
-            let first = tokio::select! {
-                biased;
-                ahead = detect::client_speaks(&mut stream) => Err(ahead.map_err(|error| client_broke(&error))?),
-                opened = opening.as_mut() => Ok(opened),
-            };
-            match first {
-                Ok(opened) => Ok((opened, None)),
-                Err(ahead) if ahead.heard.is_http() => Err(ahead.heard),
-                Err(ahead) => Ok((opening.await, Some(ahead.heard))),
-            }
+        let mut waiting = Waiting::silent(&mut stream);
+        let opened = Box::pin(self.open_tunnel(&target, &mut waiting, record)).await;
+        let heard = waiting.heard;
+        // A client that no server was found for is told by a reset.
+        let Some(tunnel) = opened.inspect_err(|_| net::reset(&stream))? else {
+            return self.heard(stream, heard.unwrap_or(Heard::Silence), target, draining, record).await;
         };
-        let (mut tunnel, mut heard) = match met {
-            Err(heard) => return self.heard(stream, heard, target, draining, record).await,
-            // A client that no server was found for is told by a reset.
-            Ok((opened, heard)) => (opened.inspect_err(|_| net::reset(&stream))?, heard),
-        };
-        if heard.is_none() {
-            let first = detect::first_to_speak(&mut stream, tunnel.stream()).await;
-            match first.inspect_err(|_| net::reset(&stream)).map_err(|error| client_broke(&error))? {
-                FirstToSpeak::Server => {}
-                FirstToSpeak::Client(ahead) if ahead.heard.is_http() => {
-                    drop(tunnel);
-                    return self.heard(stream, ahead.heard, target, draining, record).await;
-                }
-                FirstToSpeak::Client(ahead) => heard = Some(ahead.heard),
-            }
-        }
         let protocol = heard.map_or(Protocol::Opaque, |heard| self.detected_protocol(heard));
         record.opened(security(&target), protocol);
-        tunnel.copy(stream, record).await
+        self.copy(tunnel, stream, record).await
     }
 
     /// What to take the client's bytes for.
@@ -289,7 +268,7 @@ impl Outbound {
 
     async fn spoken(
         self: &Arc<Self>,
-        stream: Stream,
+        mut stream: Stream,
         protocol: Protocol,
         target: Target,
         draining: Draining,
@@ -299,8 +278,12 @@ impl Outbound {
         match protocol.http() {
             Some(version) => self.serve(stream, version, target, draining, record).await,
             None => {
-                let tunnel = self.open_tunnel(&target, record).await;
-                tunnel.inspect_err(|_| net::reset(&stream))?.copy(stream, record).await
+                let mut waiting = Waiting::known(&mut stream);
+                let opened = Box::pin(self.open_tunnel(&target, &mut waiting, record)).await;
+                match opened.inspect_err(|_| net::reset(&stream))? {
+                    Some(tunnel) => self.copy(tunnel, stream, record).await,
+                    None => Err(Failed::new(Failure::Internal, "bytes were taken for HTTP")),
+                }
             }
         }
     }
@@ -325,7 +308,7 @@ impl Outbound {
         match upgraded.map_err(|error| Failed::new(Failure::Reset, error.to_string()))? {
             Some(Upgraded { client, server, peer }) => {
                 record.peer(peer.as_ref().map(VerifiedPeer::id));
-                self.tunnel(server, peer, None).copy(client, record).await
+                self.copy(Tunnel::of(server, peer), client, record).await
             }
             None => Ok(()),
         }

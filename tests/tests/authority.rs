@@ -36,6 +36,7 @@ use weft_proto::{
 use weft_sidecar::{
     config::{Authority as Settings, Pin},
     identity::{self, Status},
+    model::KeyExchange,
     tls::{Alpn, Anchor, Credentials, accept, connect, connect_authority},
 };
 use weft_tests::{Need, can_run, program, python};
@@ -94,6 +95,7 @@ impl Home {
             token_file: Some(token_file.to_owned()),
             state_dir: None,
             lifetime: None,
+            key_exchange: KeyExchange::default(),
         }
     }
 
@@ -258,7 +260,10 @@ async fn client(
 ) -> CertificateAuthorityClient<Channel> {
     let root = CertificateDer::from_pem_file(home.dir().join("roots.pem")).unwrap();
     let tcp = TcpStream::connect(at).await.unwrap();
-    let (stream, _) = connect_authority(tcp.into(), vec![Anchor::Roots(vec![root])], shown).await.unwrap();
+    let (stream, _) =
+        connect_authority(tcp.into(), vec![Anchor::Roots(vec![root])], shown, KeyExchange::default())
+            .await
+            .unwrap();
     let mut once = Some(hyper_util::rt::TokioIo::new(stream));
     let connector = tower::service_fn(move |_| {
         std::future::ready(once.take().ok_or(std::io::Error::from(std::io::ErrorKind::NotConnected)))
@@ -858,7 +863,8 @@ async fn an_issuing_certificate_that_is_bad_missing_or_of_the_future_is_signed_a
 async fn wordless(home: &Home, at: SocketAddr) -> Option<weft_sidecar::net::Stream> {
     let root = CertificateDer::from_pem_file(home.dir().join("roots.pem")).unwrap();
     let tcp = TcpStream::connect(at).await.unwrap();
-    let proven = connect_authority(tcp.into(), vec![Anchor::Roots(vec![root])], None).await;
+    let proven =
+        connect_authority(tcp.into(), vec![Anchor::Roots(vec![root])], None, KeyExchange::default()).await;
     proven.ok().map(|(stream, _)| stream)
 }
 

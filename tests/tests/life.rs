@@ -17,5 +17,7 @@ mod retry;
 mod stall;
 #[path = "life/trace.rs"]
 mod trace;
+#[path = "life/tunnels.rs"]
+mod tunnels;
 #[path = "life/world.rs"]
 mod world;

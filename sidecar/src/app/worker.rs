@@ -133,7 +133,8 @@ fn limits(shared: &Shared) -> HttpLimits {
 
 fn inbound(shared: &Arc<Shared>, delivery: Delivery) -> Arc<Inbound> {
     let connector =
-        Connector::new(shared.app_dialer.clone(), shared.credentials.clone(), shared.config.drain.timeout);
+        Connector::new(shared.app_dialer.clone(), shared.credentials.clone(), shared.config.drain.timeout)
+            .with_expired_peers(shared.config.expired_peers);
     let service = shared.config.own.service.as_str();
     Arc::new(Inbound {
         delivery,
@@ -151,7 +152,8 @@ fn inbound(shared: &Arc<Shared>, delivery: Delivery) -> Arc<Inbound> {
 
 fn outbound(shared: &Arc<Shared>, inbound: Arc<Inbound>) -> Arc<Outbound> {
     let config = &shared.config;
-    let connector = Connector::new(Dialer::Direct, shared.credentials.clone(), config.drain.timeout);
+    let connector = Connector::new(Dialer::Direct, shared.credentials.clone(), config.drain.timeout)
+        .with_expired_peers(config.expired_peers);
     let explicit =
         config.upstreams.iter().map(|upstream| (upstream.listen, upstream.service.clone())).collect();
     Arc::new(Outbound {

@@ -74,6 +74,18 @@ pub const KEYS: &[Key] = &[
     one("Identity", "state-dir", "DIR", "Where certificate and virtual addresses outlive a restart"),
     one("Identity", "certificate-lifetime", "TIME", "Lifetime to ask for [default: the authority's]"),
     one(
+        "Identity",
+        "key-exchange",
+        "HOW",
+        "Keys of TLS in the mesh: `post-quantum` prefers X25519MLKEM768, `classic` offers curves alone [default: post-quantum]",
+    ),
+    one(
+        "Identity",
+        "expired-peers",
+        "WHAT",
+        "Opaque and upgraded connections whose peer's certificate has ended: `keep` or `close` [default: keep]",
+    ),
+    one(
         "Traffic",
         "mode",
         "MODE",

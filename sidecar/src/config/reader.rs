@@ -19,7 +19,7 @@ use super::{
     },
     written::{Entry, InvalidSettings, Written},
 };
-use crate::model::{MutualTls, Protocol, ServiceName, Timeouts};
+use crate::model::{ExpiredPeers, KeyExchange, MutualTls, Protocol, ServiceName, Timeouts};
 
 impl Config {
     /// Checks what was written. `admin` is where probes and metrics stand if nobody says.
@@ -53,6 +53,8 @@ impl Reader<'_> {
             mode: self
                 .choice("mode", &[("allow-any", Mode::AllowAny), ("registry-only", Mode::RegistryOnly)]),
             outbound_mutual_tls: self.choice("outbound-mtls", &MUTUAL_TLS),
+            expired_peers: self
+                .choice("expired-peers", &[("keep", ExpiredPeers::Keep), ("close", ExpiredPeers::Close)]),
             upstreams: self.upstreams(),
             connect_timeout: self.duration("connect-timeout", Timeouts::default().connect),
             stores: Stores {
@@ -140,6 +142,10 @@ impl Reader<'_> {
             .entry("certificate-lifetime")
             .is_some()
             .then(|| self.duration("certificate-lifetime", Duration::from_secs(24 * 3600)));
+        let key_exchange = self.choice(
+            "key-exchange",
+            &[("post-quantum", KeyExchange::PostQuantum), ("classic", KeyExchange::Classic)],
+        );
         let by_file = self.file("authority-root").map(Pin::File);
         let by_hash = self.parsed_with("authority-sha256", "64 hexadecimal digits", |text| {
             hex32(text).map(Pin::Sha256).ok_or("not a SHA-256")
@@ -154,7 +160,7 @@ impl Reader<'_> {
                 "expected --authority-root FILE or --authority-sha256 HEX, which `weft-ca root` prints";
             self.mistakes.push(format!("--authority: nothing to recognise the authority by; {way_out}"));
         }
-        Some(Authority { address, pin: pin?, token_file, state_dir, lifetime })
+        Some(Authority { address, pin: pin?, token_file, state_dir, lifetime, key_exchange })
     }
 
     fn upstreams(&mut self) -> Vec<Upstream> {

@@ -11,7 +11,7 @@ use std::{
 use serde::Serialize;
 
 use super::consul::{Consul, Probe};
-use crate::model::{MutualTls, Protocol, ServiceName};
+use crate::model::{ExpiredPeers, KeyExchange, MutualTls, Protocol, ServiceName};
 
 /// All settings of a sidecar.
 #[derive(Debug, Clone, Serialize)]
@@ -26,6 +26,8 @@ pub struct Config {
     pub mode: Mode,
     /// Are services called that nobody's identity is known of?
     pub outbound_mutual_tls: MutualTls,
+    /// What becomes of opaque connections whose peer's certificate has ended.
+    pub expired_peers: ExpiredPeers,
     /// Explicit upstreams on loopback addresses.
     pub upstreams: Vec<Upstream>,
     /// Longest wait for TCP and TLS where no policy says otherwise.
@@ -98,6 +100,8 @@ pub struct Authority {
     pub state_dir: Option<PathBuf>,
     /// Lifetime to ask for; none: the authority's default.
     pub lifetime: Option<Duration>,
+    /// How keys are agreed on, with the authority and between sidecars.
+    pub key_exchange: KeyExchange,
 }
 
 /// What the authority's root is recognised by.

@@ -10,7 +10,7 @@ use tokio::{
 
 use super::Security;
 use crate::{
-    model::{Failed, Failure, Result},
+    model::{ExpiredPeers, Failed, Failure, Result},
     net::{self, Stream},
     tls::{self, Alpn, Credentials, VerifiedPeer},
 };
@@ -51,6 +51,7 @@ pub struct Connector {
     dialer: Dialer,
     credentials: watch::Receiver<Option<Arc<Credentials>>>,
     drain_timeout: Duration,
+    expired_peers: ExpiredPeers,
 }
 
 /// A connection and, in the mesh, the proven other side.
@@ -69,7 +70,17 @@ impl Connector {
         credentials: watch::Receiver<Option<Arc<Credentials>>>,
         drain_timeout: Duration,
     ) -> Self {
-        Connector { dialer, credentials, drain_timeout }
+        Connector { dialer, credentials, drain_timeout, expired_peers: ExpiredPeers::default() }
+    }
+
+    /// The same with another choice about opaque connections whose peer's certificate has ended.
+    pub fn with_expired_peers(self, expired_peers: ExpiredPeers) -> Self {
+        Connector { expired_peers, ..self }
+    }
+
+    /// What becomes of opaque connections whose peer's certificate has ended.
+    pub fn expired_peers(&self) -> ExpiredPeers {
+        self.expired_peers
     }
 
     /// Our own credentials, to watch.

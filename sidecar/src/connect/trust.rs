@@ -1,5 +1,6 @@
-//! When does a connection end because of trust? When the peer's certificate expires, or its root is no longer
-//! one of ours. A renewed certificate of our own does not end it.
+//! When does a connection end because of trust? When the peer's root is no longer one of ours, and HTTP also when the
+//! peer's certificate expires: its requests go on elsewhere, while bytes that are no HTTP cannot. A renewed certificate
+//! of our own does not end it.
 
 use std::{
     sync::Arc,
@@ -9,7 +10,7 @@ use std::{
 use tokio::sync::watch;
 
 use crate::{
-    model::{Failed, Failure},
+    model::{ExpiredPeers, Failed, Failure},
     tls::{Credentials, VerifiedPeer},
 };
 
@@ -43,6 +44,26 @@ pub async fn trust_ended(
             }
         }
     }
+}
+
+/// The same for a connection of bytes: the end of the peer's certificate counts only where that is wanted.
+pub async fn trust_in_bytes_ended(
+    peer: &VerifiedPeer,
+    mut credentials: watch::Receiver<Option<Arc<Credentials>>>,
+    expired: ExpiredPeers,
+) {
+    if expired == ExpiredPeers::Close {
+        return trust_ended(peer, credentials, Duration::ZERO).await;
+    }
+    credentials.mark_changed();
+    while credentials.changed().await.is_ok() {
+        let current = credentials.borrow_and_update().clone();
+        if current.is_some_and(|current| !peer.vouched_for(current.bundle(), SystemTime::now())) {
+            return;
+        }
+    }
+    // Nobody renews any more: the process is ending.
+    std::future::pending().await
 }
 
 /// What to say of a connection that ended because of it.

@@ -26,15 +26,24 @@ const GREETING: usize = 4096;
 /// # Errors
 /// What reading either stream says.
 pub async fn first_to_speak(client: &mut Stream, server: &mut Stream) -> io::Result<FirstToSpeak> {
-    let mut greeting = BytesMut::with_capacity(GREETING);
-    let first = tokio::select! {
+    Ok(tokio::select! {
         heard = client_speaks(client) => FirstToSpeak::Client(heard?),
-        read = server.read_buf(&mut greeting) => { read?; FirstToSpeak::Server }
-    };
+        spoke = server_speaks(server) => { spoke?; FirstToSpeak::Server }
+    })
+}
+
+/// Waits for the server's first bytes, or until it closes its side. No time limit. Cancel safe: they are still to be
+/// read from the stream.
+///
+/// # Errors
+/// What reading the stream says.
+pub async fn server_speaks(server: &mut Stream) -> io::Result<()> {
+    let mut greeting = BytesMut::with_capacity(GREETING);
+    server.read_buf(&mut greeting).await?;
     if !greeting.is_empty() {
         server.unread(greeting.freeze());
     }
-    Ok(first)
+    Ok(())
 }
 
 /// Waits for the client's first bytes. No time limit. Cancel safe: they are still to be read from the stream.

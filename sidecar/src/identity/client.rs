@@ -84,7 +84,9 @@ pub(super) async fn obtain(
     let key = key.serialize_der();
     let private = PrivateKeyDer::try_from(key.clone()).map_err(other)?;
     // Checks the chain against the bundle, and that it was our key that was signed.
-    let credentials = Credentials::new(chain, private, bundle).map_err(other)?;
+    let credentials = Credentials::new(chain, private, bundle)
+        .and_then(|credentials| credentials.with_key_exchange(authority.key_exchange))
+        .map_err(other)?;
     if let Some(shown) = shown
         && shown.id() != credentials.id()
     {
@@ -156,7 +158,7 @@ async fn connect(
                 continue;
             }
         };
-        match connect_authority(stream, anchors.clone(), shown).await {
+        match connect_authority(stream, anchors.clone(), shown, authority.key_exchange).await {
             Ok((mut stream, trust_domain)) => match first_bytes(&mut stream).await {
                 Ok(()) => return Ok((speak(stream).await?, trust_domain)),
                 Err(error) if refused_by_peer(&error) => {

@@ -17,6 +17,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use serde::{Deserialize, Serialize};
 use weft_proto::certificate::Leaf;
 
+use crate::model::KeyExchange;
 use crate::tls::{Bundle, Credentials};
 
 /// What is kept, as written: DER in hexadecimal.
@@ -48,7 +49,7 @@ impl Kept {
     ///
     /// # Errors
     /// The file is not ours, wider than 0600, damaged, or its certificate is not valid any more.
-    pub(super) fn load(folder: &Path) -> Result<Option<Self>> {
+    pub(super) fn load(folder: &Path, key_exchange: KeyExchange) -> Result<Option<Self>> {
         let path = folder.join(FILE);
         let Some(bytes) = read_private(&path)? else { return Ok(None) };
         let written: Written = serde_json::from_slice(&bytes)
@@ -62,6 +63,7 @@ impl Kept {
         let bundle = Bundle::new(trust_domain, certificates(&written.roots)?)?;
         let private = PrivateKeyDer::try_from(key.clone()).map_err(|error| anyhow::anyhow!("{error}"))?;
         let credentials = Credentials::new(chain, private, bundle)
+            .and_then(|credentials| credentials.with_key_exchange(key_exchange))
             .with_context(|| format!("{} is not used", path.display()))?;
         Ok(Some(Kept { key, credentials: Arc::new(credentials), token_sha256: written.token_sha256 }))
     }
@@ -145,6 +147,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+    use crate::model::KeyExchange;
     use crate::tls::tests::{TestAuthority, TestLeaf, WEB};
 
     fn kept() -> Kept {
@@ -158,10 +161,10 @@ mod tests {
     #[test]
     fn what_was_kept_is_read_back() {
         let folder = tempfile::tempdir().unwrap();
-        assert!(Kept::load(folder.path()).unwrap().is_none());
+        assert!(Kept::load(folder.path(), KeyExchange::default()).unwrap().is_none());
         let before = kept();
         before.save(folder.path()).unwrap();
-        let after = Kept::load(folder.path()).unwrap().unwrap();
+        let after = Kept::load(folder.path(), KeyExchange::default()).unwrap().unwrap();
         assert_eq!(after.credentials.chain(), before.credentials.chain());
         assert_eq!(after.credentials.bundle(), before.credentials.bundle());
         assert_eq!((&after.key, &after.token_sha256), (&before.key, &before.token_sha256));
@@ -175,13 +178,13 @@ mod tests {
         let path = folder.path().join(FILE);
         kept().save(folder.path()).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
-        let error = Kept::load(folder.path()).err().unwrap().to_string();
+        let error = Kept::load(folder.path(), KeyExchange::default()).err().unwrap().to_string();
         assert!(error.contains("mode 0644") && error.contains("remove it"), "{error}");
         for text in ["", "{}", r#"{"key":"zz","chain":[],"roots":[]}"#, r#"{"key":"","chain":[],"roots":[]}"#]
         {
             fs::write(&path, text).unwrap();
             fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-            assert!(Kept::load(folder.path()).is_err(), "{text:?} was used");
+            assert!(Kept::load(folder.path(), KeyExchange::default()).is_err(), "{text:?} was used");
         }
     }
 

@@ -262,7 +262,7 @@ impl Renewal {
     /// What a former run has left is used at once; a token that is new since is asked first.
     fn take_up_kept(&mut self) {
         let Some(folder) = &self.authority.state_dir else { return };
-        match Kept::load(folder) {
+        match Kept::load(folder, self.authority.key_exchange) {
             Ok(None) => {}
             Ok(Some(kept)) => {
                 let token = self.token_hash();

@@ -38,6 +38,28 @@ pub enum MutualTls {
     Strict,
 }
 
+/// What becomes of opaque and upgraded connections when the certificate that their peer began with has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum ExpiredPeers {
+    /// They go on as long as a root of ours vouches for the peer.
+    #[default]
+    Keep,
+    /// They are closed.
+    Close,
+}
+
+/// How keys are agreed on in TLS between sidecars and with the authority.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum KeyExchange {
+    /// By X25519MLKEM768 with those that have it, else by elliptic curves.
+    #[default]
+    PostQuantum,
+    /// By elliptic curves.
+    Classic,
+}
+
 /// How long to wait for what.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Timeouts {

@@ -1,7 +1,14 @@
 //! Copies bytes both ways between two streams, each half closed by itself.
 
-use std::{future::poll_fn, io, pin::Pin, task::Poll, time::Duration};
+use std::{
+    future::poll_fn,
+    io,
+    pin::{Pin, pin},
+    task::Poll,
+    time::Duration,
+};
 
+use futures_util::future::{Either, select};
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, split},
     time::timeout,
@@ -18,49 +25,82 @@ const BULK: usize = 256 * 1024;
 /// After so long without a byte a direction is back at the first size.
 const BURST_OVER: Duration = Duration::from_secs(1);
 
-/// How many bytes went each way.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Copied {
-    /// From the first stream to the second.
-    pub forth: u64,
-    /// From the second stream to the first.
-    pub back: u64,
+/// What ended the copying before both sides had ended.
+#[derive(Debug)]
+pub struct Broken {
+    /// On which stream.
+    pub side: BrokenSide,
+    /// What reading or writing it said.
+    pub error: io::Error,
+}
+
+/// The stream that broke.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BrokenSide {
+    /// The first one.
+    First,
+    /// The second one.
+    Second,
 }
 
 /// Copies until both directions have ended. The end of one direction is passed on and the other goes on; an
 /// error in one direction ends both, so that a cut is seen as a cut: whatever else ends the copying, a cancelled
-/// future or a killed process too, both sides see a reset.
+/// future or a killed process too, both sides see a reset. `forth` and `back` hear of the bytes from the first
+/// stream to the second and back, as they flow.
+///
+/// A reset after one side has ended is no error, though it is passed on: that is how a program closes a connection
+/// on which something came that it did not read, as servers of TLS do with the last alert of their clients.
 ///
 /// # Errors
-/// The first error of either direction, with the bytes copied until then.
-pub async fn copy_both_ways(first: Stream, second: Stream) -> (Copied, io::Result<()>) {
+/// The first error of either direction.
+pub async fn copy_both_ways(
+    first: Stream,
+    second: Stream,
+    forth: impl FnMut(u64),
+    back: impl FnMut(u64),
+) -> Result<(), Broken> {
+    use BrokenSide::{First, Second};
     reset(&first);
     reset(&second);
     let (mut first_read, mut first_write) = split(first);
     let (mut second_read, mut second_write) = split(second);
-    let mut copied = Copied::default();
-    let Copied { forth, back } = &mut copied;
-    let result = tokio::try_join!(
-        copy_one_way(&mut first_read, &mut second_write, forth),
-        copy_one_way(&mut second_read, &mut first_write, back),
-    );
-    if result.is_ok() {
+    let was_reset = {
+        let forth = pin!(copy_one_way((&mut first_read, First), (&mut second_write, Second), forth));
+        let back = pin!(copy_one_way((&mut second_read, Second), (&mut first_write, First), back));
+        let (ended, other) = match select(forth, back).await {
+            Either::Left((ended, back)) => (ended, Either::Left(back)),
+            Either::Right((ended, forth)) => (ended, Either::Right(forth)),
+        };
+        ended?;
+        match other.await {
+            Err(broken) if !is_reset(&broken.error) => return Err(broken),
+            ended => ended.is_err(),
+        }
+    };
+    if !was_reset {
         close_cleanly(&first_read.unsplit(first_write));
         close_cleanly(&second_read.unsplit(second_write));
     }
-    (copied, result.map(drop))
+    Ok(())
+}
+
+/// Has the other side of a TCP connection gone away without another word?
+fn is_reset(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected};
+    matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected)
 }
 
 async fn copy_one_way(
-    from: &mut (impl AsyncRead + Unpin),
-    to: &mut (impl AsyncWrite + Unpin),
-    count: &mut u64,
-) -> io::Result<()> {
+    (from, from_side): (&mut (impl AsyncRead + Unpin), BrokenSide),
+    (to, to_side): (&mut (impl AsyncWrite + Unpin), BrokenSide),
+    mut count: impl FnMut(u64),
+) -> Result<(), Broken> {
+    let broke = |side| move |error| Broken { side, error };
     let mut buffer = vec![0; BUFFER];
     loop {
         let is_small = buffer.len() == BUFFER;
         let reading = read_what_is_there(from, &mut buffer);
-        let (read, broke) = if is_small {
+        let (read, ended) = if is_small {
             reading.await
         } else if let Ok(read) = timeout(BURST_OVER, reading).await {
             read
@@ -69,14 +109,14 @@ async fn copy_one_way(
             continue;
         };
         if read > 0 {
-            to.write_all(&buffer[..read]).await?;
-            to.flush().await?;
-            *count += read as u64;
+            to.write_all(&buffer[..read]).await.map_err(broke(to_side))?;
+            to.flush().await.map_err(broke(to_side))?;
+            count(read as u64);
         }
         // A reset is told once; a read after it would look like a clean end.
-        broke?;
+        ended.map_err(broke(from_side))?;
         if read == 0 {
-            return to.shutdown().await;
+            return to.shutdown().await.map_err(broke(to_side));
         }
         if read == buffer.len() && read < BULK {
             buffer = vec![0; BULK.min(read * 4)];
@@ -106,4 +146,90 @@ async fn read_what_is_there(
         Poll::Ready((buffer.filled().len(), Ok(())))
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use socket2::SockRef;
+    use tokio::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    async fn pair() -> (TcpStream, Stream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        (near, Stream::from(listener.accept().await.unwrap().0))
+    }
+
+    fn reset_at_close(stream: &TcpStream) {
+        SockRef::from(stream).set_linger(Some(Duration::ZERO)).unwrap();
+    }
+
+    async fn read_to_end(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
+        use tokio::io::AsyncReadExt;
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).await.map(|_| all)
+    }
+
+    #[tokio::test]
+    async fn bytes_are_counted_as_they_flow_and_not_at_the_end() {
+        let ((mut client, first), (mut server, second)) = (pair().await, pair().await);
+        let (forth, back) = (Cell::new(0), Cell::new(0));
+        let copying = copy_both_ways(
+            first,
+            second,
+            |count| forth.set(forth.get() + count),
+            |count| back.set(back.get() + count),
+        );
+        let talking = async {
+            use tokio::io::AsyncReadExt;
+            client.write_all(b"question").await.unwrap();
+            server.read_exact(&mut [0; 8]).await.unwrap();
+            server.write_all(b"answer").await.unwrap();
+            client.read_exact(&mut [0; 6]).await.unwrap();
+        };
+        // Cut in the middle: the copying never ends by itself.
+        tokio::select! {
+            _ = copying => unreachable!(),
+            () = talking => {}
+        }
+        assert_eq!((forth.get(), back.get()), (8, 6));
+    }
+
+    #[tokio::test]
+    async fn a_reset_after_the_other_side_has_ended_is_passed_on_and_no_failure() {
+        // Who ends and who resets: a server that closes with bytes unread, and a client that does.
+        for client_ends in [true, false] {
+            let ((client, first), (server, second)) = (pair().await, pair().await);
+            let (mut ends, resets) = if client_ends { (client, server) } else { (server, client) };
+            let copying = copy_both_ways(first, second, |_| {}, |_| {});
+            let talking = async {
+                ends.write_all(b"bye").await.unwrap();
+                ends.shutdown().await.unwrap();
+                let mut resets = resets;
+                read_to_end(&mut resets).await.unwrap();
+                reset_at_close(&resets);
+                drop(resets);
+                read_to_end(&mut ends).await.unwrap_err()
+            };
+            let (copied, seen) = tokio::join!(copying, talking);
+            copied.unwrap();
+            assert_eq!(seen.kind(), io::ErrorKind::ConnectionReset, "{client_ends}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_reset_before_any_end_is_a_failure_of_the_side_that_broke() {
+        for client_resets in [true, false] {
+            let ((client, first), (server, second)) = (pair().await, pair().await);
+            let (resets, mut stays) = if client_resets { (client, server) } else { (server, client) };
+            reset_at_close(&resets);
+            drop(resets);
+            let broken = copy_both_ways(first, second, |_| {}, |_| {}).await.unwrap_err();
+            assert_eq!(broken.side == BrokenSide::First, client_resets, "{broken:?}");
+            assert_eq!(read_to_end(&mut stays).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        }
+    }
 }

@@ -61,8 +61,10 @@ enum Io {
 impl Stream {
     /// Puts bytes back: they are read before anything else.
     pub fn unread(&mut self, bytes: Bytes) {
-        debug_assert!(self.ahead.is_empty(), "bytes put back twice");
-        self.ahead = bytes;
+        self.ahead = match self.ahead.is_empty() {
+            true => bytes,
+            false => [bytes, self.ahead.clone()].concat().into(),
+        };
     }
 
     /// Counts the bytes that are read from now on.
@@ -81,6 +83,23 @@ impl Stream {
         match &self.io {
             Io::Tcp(_) => Some(self.half_close.get_or_insert_default().clone()),
             Io::Tls(_) => None,
+        }
+    }
+
+    /// The protocol that its TLS agreed on (ALPN); none without TLS.
+    pub fn alpn(&self) -> Option<&[u8]> {
+        match &self.io {
+            Io::Tcp(_) => None,
+            Io::Tls(tls) => tls.get_ref().1.alpn_protocol(),
+        }
+    }
+
+    /// How its TLS agreed on a key.
+    #[cfg(test)]
+    pub fn key_exchange(&self) -> Option<rustls::NamedGroup> {
+        match &self.io {
+            Io::Tcp(_) => None,
+            Io::Tls(tls) => tls.get_ref().1.negotiated_key_exchange_group().map(|group| group.name()),
         }
     }
 

@@ -40,6 +40,8 @@ struct Call<'a> {
     /// The one endpoint that the app dialled.
     only: Option<SocketAddr>,
     is_grpc: bool,
+    /// It asks to leave HTTP: each attempt has an HTTP/1 connection of its own.
+    upgrade: bool,
     head: Parts,
     body: Replay,
     /// By the app, and on the way.
@@ -104,11 +106,9 @@ impl Outbound {
         let known = upstream.known();
         if http::wants_upgrade(&request) {
             http::frame_for_upgrade(&mut request, authority, || authority_of(upstream))?;
-            let answered = Box::pin(self.upgrade(request, upstream, &known, only, upgrade, record)).await?;
-            return Ok((answered, place));
+            let answered = Box::pin(self.upgrade(request, spoken, upstream, &known, only, upgrade, record));
+            return Ok((answered.await?, place));
         }
-        let grpc_timeout = headers::text(request.headers(), &headers::GRPC_TIMEOUT);
-        let deadline = Deadline::start(known.policy.timeouts.request, grpc_timeout, None, Instant::now());
         let version = match known.security {
             Security::Mesh(_) => HttpVersion::Http2,
             Security::Plain | Security::Forbidden => spoken,
@@ -122,10 +122,7 @@ impl Outbound {
             request.headers_mut().insert(headers::ABSOLUTE, scheme);
         }
         headers::frame_for(&mut request, version, authority, absolute, || authority_of(upstream))?;
-        let (head, body) = request.into_parts();
-        let body = Replay::new(body, known.policy.retries.body_bytes, || record.count_request_bytes());
-        let is_grpc = headers::is_grpc(&head.headers);
-        let call = Call { upstream, known: &known, only, is_grpc, head, body, spoken, version, deadline };
+        let call = Call::new(request, spoken, version, upstream, &known, only, record);
         Ok((self.attempts(&call, record).await?, place))
     }
 
@@ -190,14 +187,13 @@ impl Outbound {
         span: &TraceContext,
         started: Instant,
     ) -> Attempted {
-        if let Some(mut arrival) = self.own_arrival(endpoint) {
+        if let Some(mut arrival) = self.own_arrival(endpoint).filter(|_| !call.upgrade) {
             arrival.cut = record.cut().clone();
             let request = call.request(record, span, started);
             let response = Box::pin(self.inbound.request(request, &arrival)).await?;
             return Ok((response, None));
         }
-        let key = Key { address: endpoint, security: call.known.security.clone(), version: call.version };
-        let lease = self.pool.lend(&key, call.known.policy.timeouts.connect).await?;
+        let lease = self.lend(call, endpoint).await?;
         // Proven, whatever comes of the attempt now.
         record.peer(lease.peer().map(VerifiedPeer::id));
         let now = if lease.reused { started } else { Instant::now() };
@@ -222,10 +218,25 @@ impl Outbound {
         })
     }
 
-    /// An HTTP/1 connection of its own, which stops being HTTP where the server agrees.
+    /// The connection of one attempt: a place on a pooled one, or a new one where the request may leave HTTP.
+    async fn lend(&self, call: &Call<'_>, endpoint: SocketAddr) -> Result<Lease> {
+        let key = Key { address: endpoint, security: call.known.security.clone(), version: call.version };
+        let limit = call.known.policy.timeouts.connect;
+        if !call.upgrade {
+            return self.pool.lend(&key, limit).await;
+        }
+        match self.own_arrival(endpoint) {
+            Some(arrival) => Box::pin(self.inbound.lend_own(&arrival)).await,
+            None => Box::pin(connect::one_off(&self.connector, &key, limit)).await,
+        }
+    }
+
+    /// A request that stops being HTTP where the server agrees. Attempted like any other.
+    #[expect(clippy::too_many_arguments, reason = "what a request is made of, each once")]
     async fn upgrade(
         &self,
         mut request: Request<Incoming>,
+        spoken: HttpVersion,
         upstream: &Arc<Upstream>,
         known: &Known,
         only: Option<SocketAddr>,
@@ -233,91 +244,48 @@ impl Outbound {
         record: &mut Record,
     ) -> Result<Answered> {
         let client = hyper::upgrade::on(&mut request);
-        let method = request.method().clone();
-        let timeouts = &known.policy.timeouts;
-        let deadline = Deadline::start(timeouts.request, None, None, Instant::now());
-        let mut tried = Vec::new();
-        let (lease, mut picked, span) = loop {
-            let mut picked = upstream.pick(only, &tried, Instant::now())?;
-            let endpoint = picked.address();
-            let span = record.attempt(endpoint, (!tried.is_empty()).then_some("unprocessed"));
-            match self.dial_for_upgrade(endpoint, known).await {
-                Ok(lease) => break (lease, picked, span),
-                Err(failed) => {
-                    if failure_speaks_against_endpoint(failed.failure) {
-                        picked.failed(Instant::now());
-                    }
-                    record.attempt_failed(&failed);
-                    tried.push(endpoint);
-                    if only.is_some() || tried.len() > usize::from(known.policy.retries.attempts) {
-                        return Err(failed);
-                    }
-                }
-            }
-        };
-        record.peer(lease.peer().map(VerifiedPeer::id));
-        record.inject(&span, request.headers_mut());
-        let (started, endpoint) = (Instant::now(), picked.address());
-        let sending = lease.send(request.map(Body::from));
-        let sent = match deadline.attempt(timeouts.attempt, started) {
-            None => sending.await.map_err(|failed| failed.failed),
-            Some(at) => match timeout_at(at, sending).await {
-                Ok(sent) => sent.map_err(|failed| failed.failed),
-                Err(_) => Err(no_answer(&deadline, at, endpoint, started)),
-            },
-        };
-        let (mut response, in_use) = sent.inspect_err(|failed| {
-            if failure_speaks_against_endpoint(failed.failure) {
-                picked.failed(Instant::now());
-            }
-            record.attempt_failed(failed);
-        })?;
-        record.attempt_answered(response.status().as_u16());
-        if left_http(&method, response.status()) {
+        let mut call = Call::new(request, spoken, HttpVersion::Http1, upstream, known, only, record);
+        call.upgrade = true;
+        let answered = self.attempts(&call, record).await?;
+        if !left_http(&call.head.method, answered.response.status()) {
+            return Ok(answered);
+        }
+        let Answered { mut response, in_use, picked, .. } = answered;
+        if let Some(mut picked) = picked {
             picked.succeeded(Instant::now());
-            let server = hyper::upgrade::on(&mut response);
-            upgrade.agreed(client, server, in_use.peer().cloned());
-            return Ok(Answered {
-                response,
-                in_use: Some(in_use),
-                picked: None,
-                deadline: None,
-                left_http: true,
-            });
         }
-        let status = response.status().as_u16();
-        match head_speaks_against_endpoint(mesh_failure(&response, known), status, None) {
-            true => failed(&mut picked, record),
-            false => picked.answered(Instant::now()),
-        }
-        Ok(Answered {
-            response,
-            in_use: Some(in_use),
-            picked: Some(picked),
-            deadline: deadline.at(),
-            left_http: false,
-        })
+        let server = hyper::upgrade::on(&mut response);
+        upgrade.agreed(client, server, in_use.as_ref().and_then(InUse::peer).cloned());
+        Ok(Answered { response, in_use, picked: None, deadline: None, left_http: true })
     }
 }
 
 /// Nothing came until `at`: the end of the request's time, or of the attempt's.
-fn no_answer(deadline: &Deadline, at: Instant, endpoint: SocketAddr, started: Instant) -> Failed {
+pub(super) fn no_answer(deadline: &Deadline, at: Instant, endpoint: SocketAddr, started: Instant) -> Failed {
     let failure = if deadline.at() == Some(at) { Failure::RequestTimeout } else { Failure::AttemptTimeout };
     let waited = humantime::format_duration(started.elapsed());
     Failed::new(failure, format!("{endpoint}: no answer after {waited}"))
 }
 
-impl Outbound {
-    async fn dial_for_upgrade(&self, endpoint: SocketAddr, known: &Known) -> Result<Lease> {
-        if let Some(arrival) = self.own_arrival(endpoint) {
-            return self.inbound.lend_own(&arrival).await;
-        }
-        let key = Key { address: endpoint, security: known.security.clone(), version: HttpVersion::Http1 };
-        connect::one_off(&self.connector, &key, known.policy.timeouts.connect).await
+impl<'a> Call<'a> {
+    /// Its deadline begins now.
+    fn new(
+        request: Request<Incoming>,
+        spoken: HttpVersion,
+        version: HttpVersion,
+        upstream: &'a Upstream,
+        known: &'a Known,
+        only: Option<SocketAddr>,
+        record: &mut Record,
+    ) -> Self {
+        let grpc_timeout = headers::text(request.headers(), &headers::GRPC_TIMEOUT);
+        let deadline = Deadline::start(known.policy.timeouts.request, grpc_timeout, None, Instant::now());
+        let (head, body) = request.into_parts();
+        let body = Replay::new(body, known.policy.retries.body_bytes, || record.count_request_bytes());
+        let is_grpc = headers::is_grpc(&head.headers);
+        Call { upstream, known, only, is_grpc, upgrade: false, head, body, spoken, version, deadline }
     }
-}
 
-impl Call<'_> {
     /// The request as this attempt sends it.
     fn request(&self, record: &Record, span: &TraceContext, now: Instant) -> Request<Body> {
         let mut request = Request::from_parts(self.head.clone(), self.body.begin());
@@ -327,7 +295,7 @@ impl Call<'_> {
         if let Some(timeout) = timeout.and_then(headers::passing) {
             head.insert(headers::GRPC_TIMEOUT, timeout);
         }
-        if self.known.is_mesh() {
+        if self.known.is_mesh() && !self.upgrade {
             head.insert(headers::PROTOCOL, protocol_name(self.spoken));
             if let Some(deadline) = self.deadline.weft_header(now).and_then(headers::passing) {
                 head.insert(headers::DEADLINE, deadline);

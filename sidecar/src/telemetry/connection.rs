@@ -1,8 +1,16 @@
 //! The one guard of a connection: counts it while it is open, and on drop writes the metrics and, for an opaque
 //! connection or a failure, one line of the access log. The requests on a connection have records of their own.
 
-use std::{net::SocketAddr, sync::Arc, time::SystemTime};
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::SystemTime,
+};
 
+use prometheus_client::metrics::counter::Counter;
 use tokio::time::Instant;
 use weft_proto::spiffe::SpiffeId;
 
@@ -27,8 +35,10 @@ pub struct Connection {
     opened: Option<(Security, Protocol, OpenConnection)>,
     peer: Option<SpiffeId>,
     endpoint: Option<SocketAddr>,
-    sent: u64,
-    received: u64,
+    sent: AtomicU64,
+    received: AtomicU64,
+    /// The metrics of `sent` and `received`; made with the first bytes.
+    counters: OnceLock<[Counter; 2]>,
     failed: Option<Failed>,
     cut: Cut,
 }
@@ -49,8 +59,9 @@ impl Connection {
             opened: None,
             peer: None,
             endpoint: None,
-            sent: 0,
-            received: 0,
+            sent: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+            counters: OnceLock::new(),
             failed: None,
             cut: Cut::default(),
         }
@@ -90,9 +101,22 @@ impl Connection {
         self.endpoint = Some(address);
     }
 
-    /// Bytes of an opaque connection so far: from whoever opened it (`sent`), and back (`received`).
-    pub fn bytes(&mut self, sent: u64, received: u64) {
-        (self.sent, self.received) = (sent, received);
+    /// Bytes of an opaque connection were passed on that came from whoever opened it.
+    pub fn sent(&self, bytes: u64) {
+        self.sent.fetch_add(bytes, Ordering::Relaxed);
+        self.count(0, bytes);
+    }
+
+    /// The same in the other direction.
+    pub fn received(&self, bytes: u64) {
+        self.received.fetch_add(bytes, Ordering::Relaxed);
+        self.count(1, bytes);
+    }
+
+    fn count(&self, flow: usize, bytes: u64) {
+        if let Some(handles) = self.handles.as_ref().filter(|_| self.is_opaque()) {
+            self.counters.get_or_init(|| handles.tcp_bytes())[flow].inc_by(bytes);
+        }
     }
 
     /// The connection failed. A later failure takes the place of an earlier one.
@@ -130,9 +154,6 @@ impl Drop for Connection {
         if let Some(failed) = &self.failed {
             self.telemetry.metrics.connection_failed(self.direction, failed.failure);
         }
-        if let Some(handles) = self.handles.as_ref().filter(|_| self.is_opaque()) {
-            handles.tcp_bytes(self.sent, self.received);
-        }
         let log = &self.telemetry.access_log;
         if !log.wants(self.failed.is_some()) || (self.failed.is_none() && !self.is_opaque()) {
             return;
@@ -152,8 +173,8 @@ impl Drop for Connection {
             tls_version: self.peer.as_ref().map(|_| super::MESH_TLS_VERSION),
             own_identity: own.as_deref().map(SpiffeId::as_str),
             endpoint: self.endpoint,
-            request_bytes: self.sent,
-            response_bytes: self.received,
+            request_bytes: *self.sent.get_mut(),
+            response_bytes: *self.received.get_mut(),
             duration_seconds: self.started.elapsed().as_secs_f64(),
             ..Line::default()
         });

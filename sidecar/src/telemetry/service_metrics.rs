@@ -153,11 +153,10 @@ impl ServiceMetrics {
         self.families.retries_refused.with(&[&self.service, reason]).inc();
     }
 
-    /// Bytes of an opaque connection: towards whom it was opened (`sent`), and back (`received`).
-    pub fn tcp_bytes(&self, sent: u64, received: u64) {
-        for (flow, bytes) in [("sent", sent), ("received", received)] {
-            self.families.tcp_bytes.with(&[self.direction.label(), &self.service, flow]).inc_by(bytes);
-        }
+    /// The counters of bytes of opaque connections: from whoever opened them (`sent`), and back (`received`).
+    pub(super) fn tcp_bytes(&self) -> [Counter; 2] {
+        let counter = |flow| self.families.tcp_bytes.with(&[self.direction.label(), &self.service, flow]);
+        [counter("sent"), counter("received")]
     }
 
     /// A request ended.

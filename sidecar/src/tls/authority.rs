@@ -12,13 +12,13 @@ use weft_proto::{certificate::Leaf, spiffe::TrustDomain};
 
 use super::{
     bundle::Bundle,
-    credentials::{Credentials, client_config, provider},
+    credentials::{Credentials, client_config, provider_for},
     handshake::{failed, peer_address, proven_leaf, server_name},
     judge::{ExpectServer, Expected},
     verify::Role,
 };
 use crate::{
-    model::{Failed, Failure, Result},
+    model::{Failed, Failure, KeyExchange, Result},
     net::Stream,
 };
 
@@ -68,9 +68,10 @@ pub async fn connect_authority(
     stream: Stream,
     anchors: Vec<Anchor>,
     credentials: Option<&Credentials>,
+    key_exchange: KeyExchange,
 ) -> Result<(Stream, TrustDomain)> {
     let address = peer_address(&stream);
-    let provider = provider();
+    let provider = provider_for(key_exchange);
     let verifier = ExpectServer::new(anchors, Expected::Authority, provider.clone());
     let key = credentials.map(Credentials::certified_key);
     let mut config = client_config(Arc::new(verifier), key, provider)?;

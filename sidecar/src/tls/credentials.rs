@@ -10,9 +10,9 @@ use std::{
 };
 
 use rustls::{
-    CipherSuite, ClientConfig, ServerConfig,
+    CipherSuite, ClientConfig, NamedGroup, ServerConfig,
     client::Resumption,
-    crypto::CryptoProvider,
+    crypto::{CryptoProvider, SupportedKxGroup},
     server::NoServerSessionStorage,
     sign::{CertifiedKey, SingleCertAndKey},
 };
@@ -24,7 +24,7 @@ use super::{
     judge::{ExpectClient, ExpectServer, Expected},
     verify::{Role, unix_time, verify_chain},
 };
-use crate::model::{Failed, Failure, Result};
+use crate::model::{Failed, Failure, KeyExchange, Result};
 
 /// Our own identity, ready for handshakes.
 pub struct Credentials {
@@ -71,6 +71,14 @@ impl Credentials {
             )));
         }
         Self::assemble(self.leaf.clone(), self.key.clone(), bundle, self.provider.clone())
+    }
+
+    /// The same identity with keys agreed on in this way.
+    ///
+    /// # Errors
+    /// [`Failure::NoIdentity`] where rustls refuses the configuration.
+    pub fn with_key_exchange(self, key_exchange: KeyExchange) -> Result<Self> {
+        Self::assemble(self.leaf, self.key, self.bundle, provider_for(key_exchange))
     }
 
     /// Our id.
@@ -157,7 +165,9 @@ fn server_config(
         .with_client_cert_verifier(Arc::new(verifier))
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(key.clone())));
     config.alpn_protocols =
-        [names::ALPN_HTTP2, names::ALPN_HTTP1, names::ALPN_TCP].map(<[u8]>::to_vec).to_vec();
+        [names::ALPN_HTTP2, names::ALPN_HTTP1, names::ALPN_TCP_CONFIRMED, names::ALPN_TCP]
+            .map(<[u8]>::to_vec)
+            .to_vec();
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     Ok(config)
@@ -186,11 +196,22 @@ pub(super) fn client_config(
 /// The one crypto library, passed on explicitly: no process-wide default. AES-128 comes first (RFC 8446 9.1: the suite
 /// that everyone has): with SHA-256, which processors compute themselves, a handshake is cheaper than with AES-256 and
 /// SHA-384.
-pub(super) fn provider() -> Arc<CryptoProvider> {
+pub(super) fn provider_for(key_exchange: KeyExchange) -> Arc<CryptoProvider> {
     let mut provider = rustls::crypto::aws_lc_rs::default_provider();
     // The client's order decides.
     provider.cipher_suites.sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
+    let is_hybrid = |group: &&'static dyn SupportedKxGroup| group.name() == NamedGroup::X25519MLKEM768;
+    match key_exchange {
+        // A share for X25519 is sent along: a peer that lacks the hybrid costs no further round trip.
+        KeyExchange::PostQuantum => provider.kx_groups.sort_by_key(|group| !is_hybrid(group)),
+        KeyExchange::Classic => provider.kx_groups.retain(|group| !is_hybrid(group)),
+    }
     Arc::new(provider)
+}
+
+/// The same where nobody has said how keys are to be agreed on.
+pub(super) fn provider() -> Arc<CryptoProvider> {
+    provider_for(KeyExchange::default())
 }
 
 fn unusable(reason: &str) -> Failed {

@@ -35,6 +35,9 @@ pub enum Alpn {
     Http1,
     /// `weft-tcp`: the app's own bytes.
     Tcp,
+    /// `weft-tcp2`: the same behind one byte of the server, which says whether its app has taken the connection. A client
+    /// takes `weft-tcp` too, where the server knows no other.
+    ConfirmedTcp,
 }
 
 impl Alpn {
@@ -44,6 +47,7 @@ impl Alpn {
             Alpn::Http2 => names::ALPN_HTTP2,
             Alpn::Http1 => names::ALPN_HTTP1,
             Alpn::Tcp => names::ALPN_TCP,
+            Alpn::ConfirmedTcp => names::ALPN_TCP_CONFIRMED,
         }
     }
 
@@ -53,11 +57,23 @@ impl Alpn {
             Alpn::Http2 => "weft-h2",
             Alpn::Http1 => "weft-h1",
             Alpn::Tcp => "weft-tcp",
+            Alpn::ConfirmedTcp => "weft-tcp2",
+        }
+    }
+
+    /// What a client offers that wants this one, the best first.
+    fn offered(self) -> &'static [Alpn] {
+        match self {
+            Alpn::Http2 => &[Alpn::Http2],
+            Alpn::Http1 => &[Alpn::Http1],
+            Alpn::Tcp => &[Alpn::Tcp],
+            Alpn::ConfirmedTcp => &[Alpn::ConfirmedTcp, Alpn::Tcp],
         }
     }
 
     fn from_name(name: &[u8]) -> Option<Self> {
-        [Alpn::Http2, Alpn::Http1, Alpn::Tcp].into_iter().find(|alpn| alpn.name() == name)
+        let all = [Alpn::Http2, Alpn::Http1, Alpn::Tcp, Alpn::ConfirmedTcp];
+        all.into_iter().find(|alpn| alpn.name() == name)
     }
 }
 
@@ -105,7 +121,7 @@ pub async fn connect(
         ));
     }
     let mut config = credentials.client.clone();
-    config.alpn_protocols = vec![alpn.name().to_vec()];
+    config.alpn_protocols = alpn.offered().iter().map(|alpn| alpn.name().to_vec()).collect();
     config.dangerous().set_certificate_verifier(Arc::new(ExpectServer::new(
         vec![Anchor::Bundle(credentials.bundle().clone())],
         Expected::Ids(expected.to_vec()),
@@ -115,7 +131,8 @@ pub async fn connect(
     let name = server_name(&stream).map_err(explain)?;
     let tls = TlsConnector::from(Arc::new(config)).connect(name, stream).await.map_err(explain)?;
     let session = tls.get_ref().1;
-    if session.alpn_protocol() != Some(alpn.name()) {
+    if !session.alpn_protocol().is_some_and(|agreed| alpn.offered().iter().any(|alpn| alpn.name() == agreed))
+    {
         return Err(Failed::new(
             Failure::Handshake,
             format!("server {address} did not agree to the protocol {} (ALPN)", alpn.label()),

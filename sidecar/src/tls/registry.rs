@@ -15,8 +15,8 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject};
 use tokio_rustls::{TlsConnector, TlsStream};
 
-use super::credentials::provider;
-use crate::net::Stream;
+use super::credentials::provider_for;
+use crate::{model::KeyExchange, net::Stream};
 
 /// Where systems keep their roots.
 const SYSTEM_ROOTS: [&str; 3] =
@@ -33,7 +33,7 @@ pub fn registry_client(
     verify: bool,
     protocols: &[&[u8]],
 ) -> Result<Arc<ClientConfig>, String> {
-    let provider = provider();
+    let provider = provider_for(KeyExchange::Classic);
     let builder = ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
         .map_err(|error| error.to_string())?;

@@ -27,7 +27,7 @@ use weft_proto::spiffe::SpiffeId;
 
 use super::*;
 use crate::{
-    model::{Failed, Failure, Result},
+    model::{Failed, Failure, KeyExchange, Result},
     net::Stream,
 };
 
@@ -149,13 +149,62 @@ async fn both_sides_learn_who_the_other_is_and_bytes_flow() {
 }
 
 #[test]
-fn the_cheapest_suite_and_key_exchange_come_first_and_the_others_stay() {
+fn the_cheapest_suite_and_the_hybrid_key_exchange_come_first_and_the_others_stay() {
     use rustls::{CipherSuite::TLS13_AES_128_GCM_SHA256, NamedGroup, crypto::aws_lc_rs::default_provider};
     let (ours, default) = (credentials::provider(), default_provider());
     assert_eq!(ours.cipher_suites[0].suite(), TLS13_AES_128_GCM_SHA256);
     assert_eq!(ours.cipher_suites.len(), default.cipher_suites.len());
-    assert_eq!(ours.kx_groups[0].name(), NamedGroup::X25519);
-    assert!(ours.kx_groups.iter().any(|group| group.name() == NamedGroup::X25519MLKEM768));
+    assert_eq!(ours.kx_groups[0].name(), NamedGroup::X25519MLKEM768);
+    assert_eq!(ours.kx_groups.len(), default.kx_groups.len());
+}
+
+#[tokio::test]
+async fn keys_are_agreed_on_by_the_hybrid_unless_a_side_has_curves_alone() {
+    use KeyExchange::{Classic, PostQuantum};
+    use rustls::NamedGroup::{X25519, X25519MLKEM768};
+    let authority = TestAuthority::new("weft.local");
+    for (of_client, of_server, group) in [
+        (PostQuantum, PostQuantum, X25519MLKEM768),
+        (Classic, PostQuantum, X25519),
+        (PostQuantum, Classic, X25519),
+        (Classic, Classic, X25519),
+    ] {
+        let web = authority.credentials(WEB).with_key_exchange(of_client).unwrap();
+        let orders = authority.credentials(ORDERS).with_key_exchange(of_server).unwrap();
+        // New roots change nothing about it.
+        let orders = orders.with_bundle(authority.bundle()).unwrap();
+        let (near, far) = handshake(&web, &orders, &[ORDERS], Alpn::Http2).await;
+        let seen = (near.unwrap().0.key_exchange(), far.unwrap().0.key_exchange());
+        assert_eq!(seen, (Some(group), Some(group)), "{of_client:?} {of_server:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_sidecar_that_knows_no_first_byte_is_spoken_to_without_one() {
+    let authority = TestAuthority::new("weft.local");
+    let (web, orders) = (authority.credentials(WEB), authority.credentials(ORDERS));
+    let (near, far) = handshake(&web, &orders, &[ORDERS], Alpn::ConfirmedTcp).await;
+    let (near, far) = (near.unwrap(), far.unwrap());
+    assert_eq!((near.0.alpn(), far.2), (Some(&b"weft-tcp2"[..]), Alpn::ConfirmedTcp));
+    // An older client.
+    let (near, far) = handshake(&web, &orders, &[ORDERS], Alpn::Tcp).await;
+    assert_eq!((near.unwrap().0.alpn(), far.unwrap().2), (Some(&b"weft-tcp"[..]), Alpn::Tcp));
+    // An older server.
+    let older = Stranger { chain: Some(authority.leaf(TestLeaf::of(ORDERS))), alpn: vec![b"weft-tcp"] };
+    let (near, far) = sockets().await;
+    let mut config = ServerConfig::builder_with_provider(credentials::provider())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_cert_resolver(older.resolver().unwrap());
+    config.alpn_protocols = vec![b"weft-tcp".to_vec()];
+    let expected = [id(ORDERS)];
+    let (near, far) = tokio::join!(
+        connect(near, &web, &expected, Alpn::ConfirmedTcp),
+        TlsAcceptor::from(Arc::new(config)).accept(far)
+    );
+    far.unwrap();
+    assert_eq!(near.unwrap().0.alpn(), Some(&b"weft-tcp"[..]));
 }
 
 #[tokio::test]
@@ -417,11 +466,17 @@ async fn trust_taken_back_is_seen_on_a_standing_connection() {
     let (near, far) = handshake(&web, &orders, &[ORDERS], Alpn::Tcp).await;
     let ((_, server), (_, client, _)) = (near.unwrap(), far.unwrap());
     let now = SystemTime::now();
+    let of_peer = server.clone();
     for peer in [server, client] {
         assert!(peer.still_trusted(&authority.bundle(), now));
         assert!(!peer.still_trusted(&other.bundle(), now), "the root is gone");
         assert!(!peer.still_trusted(&authority.bundle(), now + Duration::from_secs(4000)), "expired");
     }
+    let much_later = now + Duration::from_secs(40_000);
+    assert!(of_peer.vouched_for(&authority.bundle(), much_later), "its end does not count");
+    assert!(
+        of_peer.vouched_for(&authority.bundle(), now) && !of_peer.vouched_for(&other.bundle(), much_later)
+    );
     let changed = web.with_bundle(other.bundle()).unwrap();
     assert!(web.vouched_for(now) && !changed.vouched_for(now));
     let elsewhere = TestAuthority::new("elsewhere.example").bundle();
@@ -491,7 +546,8 @@ async fn authority_handshake(
         got
     };
     let dialling = async {
-        let (mut stream, trust_domain) = connect_authority(near, anchors, None).await?;
+        let (mut stream, trust_domain) =
+            connect_authority(near, anchors, None, KeyExchange::default()).await?;
         assert_eq!(trust_domain.as_str(), authority.trust_domain);
         stream.write_all(b"token").await.unwrap();
         stream.shutdown().await.unwrap();

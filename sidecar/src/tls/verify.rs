@@ -58,7 +58,7 @@ impl VerifiedPeer {
         &self.0.leaf.id
     }
 
-    /// When its certificate ends; a connection must not outlive this.
+    /// When its certificate ends.
     pub fn not_after(&self) -> SystemTime {
         self.0.leaf.not_after
     }
@@ -66,6 +66,15 @@ impl VerifiedPeer {
     /// The serial number of its certificate, in hexadecimal.
     pub fn serial(&self) -> &str {
         &self.0.leaf.serial
+    }
+
+    /// Does this bundle vouch for it, the end of its certificate aside? That is whether it would have been accepted in the
+    /// last moment in which it was valid.
+    pub fn vouched_for(&self, bundle: &Bundle, now: SystemTime) -> bool {
+        let now = unix_time(now).as_secs();
+        let at = self.0.valid_until.map_or(now, |end| now.min(end));
+        let at = UnixTime::since_unix_epoch(Duration::from_secs(at));
+        self.0.bundle == *bundle || verify_chain(&self.0.chain, bundle, self.0.role, at).is_ok()
     }
 
     /// Would its certificate be accepted now, by this bundle? A connection for which this turns false is

@@ -1,4 +1,5 @@
-//! redis-cli, where the client speaks first, and mariadb, where the server does; nobody declares a protocol.
+//! redis-cli, where the client speaks first, mariadb, where the server does, and psql, which asks for TLS in the middle;
+//! nobody declares a protocol.
 
 use std::{fs, os::unix::fs::PermissionsExt};
 
@@ -112,4 +113,56 @@ fn mariadb_session(pod: &Pod) -> String {
         db -pwrong shop -e "SELECT 1" 2>&1 || true
         "#,
     )
+}
+
+#[test]
+fn psql_over_tls_sees_the_same_and_its_sessions_end_without_a_failure() {
+    if !can_run(&[ROOT, Need::Program("psql", "postgresql"), Need::Program("openssl", "openssl")]) {
+        return;
+    }
+    /// `nobody`: PostgreSQL does not run as root, and looks its user up.
+    const USER: u32 = 65534;
+    let mut pair = Pair::direct(&["orders"]);
+    let folder = pair.folder("postgres");
+    chown(&folder, Some(USER.into()), Some(USER.into())).unwrap();
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o755)).unwrap();
+    // Debian keeps the server's programs out of the way, by their version.
+    let newest = "ls -d /usr/lib/postgresql/*/bin | sort -V | tail -1";
+    let programs = pair.server.shell(newest).trim().to_owned();
+    let data = folder.join("data").display().to_string();
+    let mut initdb = pair.server.command_as(USER, format!("{programs}/initdb"));
+    initdb.args(["-D", &data, "-U", "app", "--auth=trust", "--no-sync", "-E", "UTF8", "--locale=C"]);
+    output_of(initdb);
+    fs::write(format!("{data}/pg_hba.conf"), "hostssl all all all trust\n").unwrap();
+    let mut certify = pair.server.command_as(USER, "openssl");
+    let (key, certificate) = (format!("{data}/server.key"), format!("{data}/server.crt"));
+    certify.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]);
+    certify.args(["-subj", "/CN=orders", "-keyout", &key, "-out", &certificate]);
+    output_of(certify);
+    let settings = ["ssl=on", "fsync=off", "listen_addresses=*", "unix_socket_directories=", "port=5432"];
+    let mut arguments = vec!["-D", data.as_str()];
+    settings.iter().for_each(|setting| arguments.extend(["-c", setting]));
+    let _server = pair.server.start_as(USER, format!("{programs}/postgres"), &arguments);
+    wait_for_port(&pair.server, 5432);
+    let direct = psql_sessions(&pair.client);
+    assert_eq!(direct.lines().filter(|line| *line == "t|1000000").count(), PSQL_SESSIONS, "{direct}");
+    pair.weave(&[("orders", 5432)]);
+    assert_eq!(psql_sessions(&pair.client), direct);
+    pair.assert_secured();
+    for sidecar in [pair.from.as_ref().unwrap(), pair.to.as_ref().unwrap()] {
+        let log = sidecar.access_log();
+        let sessions: Vec<_> = log.iter().filter(|line| line["protocol"] == "tcp").collect();
+        assert_eq!(sessions.len(), PSQL_SESSIONS, "{log:?}");
+        assert!(sessions.iter().all(|line| line["failure"].is_null()), "{sessions:?}");
+    }
+}
+
+const PSQL_SESSIONS: usize = 5;
+
+fn psql_sessions(pod: &Pod) -> String {
+    let query = "SELECT ssl, length(repeat('x', 1000000)) FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
+    let session = format!(
+        "psql 'host=orders port=5432 user=app dbname=postgres sslmode=require connect_timeout=5' -X -t -A -c \"{query}\""
+    );
+    pod.shell(&[session.as_str(); PSQL_SESSIONS].join("\n"))
 }

@@ -102,7 +102,7 @@ fn a_connection_ends_with_the_certificate_of_its_peer() {
     if !can_run(&NEEDS) {
         return;
     }
-    let scene = Scene::new(Mesh::new(), &[]);
+    let scene = Scene::new(Mesh::new(), &["--expired-peers", "close"]);
     let thief = Forger::of_mesh(&scene.mesh);
     let short = thief.leaf("short", &Forged { ends_in: 3, ..Forged::of(&identity("short")) });
     let long = thief.leaf("long", &Forged::of(&identity("long")));
@@ -124,6 +124,42 @@ fn a_connection_ends_with_the_certificate_of_its_peer() {
 }
 
 #[test]
+fn bytes_go_on_behind_the_end_of_a_certificate_until_its_root_is_removed() {
+    if !can_run(&NEEDS) {
+        return;
+    }
+    let mesh = Mesh::new();
+    let own = fs::read_to_string(mesh.network.folder().join("ca/roots.pem")).unwrap();
+    let second = Forger::of_stranger(TRUST_DOMAIN, mesh.network.folder());
+    write_roots(&mesh, &format!("{own}{}", second.certificate()));
+    let scene = Scene::new(mesh, &["--drain-timeout", "300ms"]);
+    let address = scene.address(8080);
+    let mut number = 0;
+    let (mut held, mut short) = (None, String::new());
+    until("the second root is believed", || {
+        number += 1;
+        let forged = Forged { ends_in: 4, ..Forged::of(&identity("short")) };
+        let leaf = second.leaf(&format!("short-{number}"), &forged);
+        short = leaf.display().to_string();
+        let mut tried = hold(&scene.stranger, &address, &leaf);
+        until("it is answered or ends", || tried.log().contains("answer") || tried.has_ended());
+        let is_held = tried.log().contains("answer");
+        held = Some(tried);
+        is_held
+    });
+    let mut held = held.unwrap();
+    // HTTP of the same peer ends with its certificate.
+    let text = "GET / HTTP/1.1\\r\\nHost: orders\\r\\n\\r\\n";
+    let http = ["tls-client", &address, &short, "weft-h1", text];
+    let mut http = scene.stranger.start(program("mesh-peer"), &http);
+    http.wait();
+    assert!(!held.has_ended(), "{}", held.log());
+    write_roots(&scene.mesh, &own);
+    held.wait();
+    scene.sidecar.wait_for_failure("untrusted_peer", &["the trust in", &identity("short")]);
+}
+
+#[test]
 fn a_policy_that_turns_strict_ends_plaintext_and_nothing_else() {
     if !can_run(&NEEDS) {
         return;
@@ -141,6 +177,9 @@ fn a_policy_that_turns_strict_ends_plaintext_and_nothing_else() {
         say("GET /slow HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n"),
     ];
     held.iter_mut().for_each(|held| drop(held.wait_for_line("answer")));
+    // neither this client nor the app says anything: the app is connected, and both are waited for
+    let mut silent = say("");
+    until("the app is connected for a silent client", || scene.accepted() == 5);
     let write = |policy: &str| {
         let (aside, place) =
             (scene.mesh.policies().join(".orders"), scene.mesh.policies().join("orders.yaml"));
@@ -151,6 +190,8 @@ fn a_policy_that_turns_strict_ends_plaintext_and_nothing_else() {
     for held in &mut held {
         held.wait();
     }
+    silent.wait();
+    assert!(silent.log().contains("reset"), "{}", silent.log());
     scene.sidecar.wait_for_failure("plaintext_refused", &["since its policy changed"]);
     until("the request that was cut says why", || {
         let log = scene.sidecar.access_log();

@@ -1,5 +1,6 @@
-//! What is under way when a peer's certificate ends: bytes, an upgraded connection and a download are cut by the side
-//! whose peer it is, all records say so, and who comes back is served with the renewed certificate.
+//! What is under way when a peer's certificate ends: a download is cut by the side whose peer it is, and its record says
+//! so; bytes and an upgraded connection go on, unless `--expired-peers close` wants them cut too. Who comes back is
+//! served with the renewed certificate.
 
 use weft_tests::{Mesh, Pod, Process, Sidecar, can_run, identity, program, until};
 
@@ -28,7 +29,7 @@ fn address(client: &Pod) -> String {
     format!("{found}:80")
 }
 
-/// Connections of three kinds that would stay open, each of which was answered.
+/// Connections of three kinds that would stay open, each of which was answered: bytes, an upgraded one, a download.
 fn hold(client: &Pod) -> [Process; 3] {
     let address = address(client);
     let say = |text: &str| client.start(program("mesh-peer"), &["say", &address, text]);
@@ -40,11 +41,13 @@ fn hold(client: &Pod) -> [Process; 3] {
 }
 
 /// Whose certificate is short decides who must cut: the other side, whose own is good for a day.
-fn the_peer_of_a_short_certificate_cuts(client_is_short: bool) {
+fn the_peer_of_a_short_certificate_cuts(client_is_short: bool, expired_peers: &str) {
     let mesh = Mesh::new();
     let (server, client) = (mesh.network.pod("server"), mesh.network.pod("client"));
     let _app = start_app(&server, &["127.0.0.1:8080"]);
-    let flags = |short: bool| DRAIN.into_iter().chain(SHORT.into_iter().filter(move |_| short));
+    let expired = ["--expired-peers", expired_peers];
+    let flags =
+        |short: bool| DRAIN.into_iter().chain(expired).chain(SHORT.into_iter().filter(move |_| short));
     let of_server: Vec<&str> = ["--port", "8080"].into_iter().chain(flags(!client_is_short)).collect();
     let of_client: Vec<&str> = flags(client_is_short).collect();
     let of_server = mesh.sidecar(&server, "orders", &of_server);
@@ -54,28 +57,31 @@ fn the_peer_of_a_short_certificate_cuts(client_is_short: bool) {
         true => (&of_client, &of_server, identity("web")),
         false => (&of_server, &of_client, identity("orders")),
     };
+    let closes = expired_peers == "close";
     let before = certificates(short);
     let mut held = hold(&client);
     until("the certificate is renewed", || certificates(short) > before);
     for held in &mut held {
         assert!(!held.has_ended(), "a renewal ends nothing:\n{}", held.log());
     }
-    for held in &mut held {
-        held.wait();
+    let [bytes, upgraded, download] = &mut held;
+    download.wait();
+    if closes {
+        bytes.wait();
+        upgraded.wait();
     }
 
     let line = cutting.wait_for_failure("untrusted_peer", &[&peer, "ended"]);
     assert_eq!(line["peer_identity"], *peer, "{line}");
     let mut cut = Vec::new();
-    until("all three are in the log", || {
+    until("all that was cut is in the log", || {
         let log = cutting.access_log();
         cut = log.into_iter().filter(|line| line["failure"] == "untrusted_peer").collect();
         let has = |kind: &str, protocol: &str| {
             cut.iter().any(|line| line["kind"] == kind && line["protocol"] == protocol)
         };
-        has("connection", "tcp")
-            && has("connection", "http1")
-            && cut.iter().any(|line| line["path"] == "/slow")
+        cut.iter().any(|line| line["path"] == "/slow")
+            && (!closes || has("connection", "tcp") && has("connection", "http1"))
     });
     for line in &cut {
         assert!(line["detail"].as_str().is_some_and(|detail| detail.contains(&peer)), "{line}");
@@ -87,21 +93,41 @@ fn the_peer_of_a_short_certificate_cuts(client_is_short: bool) {
         "the other side has no reason to cut: {:?}",
         other.access_log()
     );
+    if !closes {
+        assert!(!cut.iter().any(|line| line["protocol"] == "tcp"), "{cut:?}");
+        for held in [bytes, upgraded] {
+            assert!(!held.has_ended(), "it goes on behind the end of the certificate:\n{}", held.log());
+        }
+    }
     let mut again = client.start(program("mesh-peer"), &["say", &address(&client), "again\\n"]);
     again.wait_for_line("again");
     assert!(curl(&client, &["http://orders/"]).starts_with("HTTP/1.1 200 OK"));
 }
 
 #[test]
+fn a_server_keeps_bytes_when_its_clients_certificate_ends() {
+    if can_run(&NEEDS) {
+        the_peer_of_a_short_certificate_cuts(true, "keep");
+    }
+}
+
+#[test]
+fn a_client_keeps_bytes_when_its_servers_certificate_ends() {
+    if can_run(&NEEDS) {
+        the_peer_of_a_short_certificate_cuts(false, "keep");
+    }
+}
+
+#[test]
 fn a_server_cuts_what_is_under_way_when_its_clients_certificate_ends() {
     if can_run(&NEEDS) {
-        the_peer_of_a_short_certificate_cuts(true);
+        the_peer_of_a_short_certificate_cuts(true, "close");
     }
 }
 
 #[test]
 fn a_client_cuts_what_is_under_way_when_its_servers_certificate_ends() {
     if can_run(&NEEDS) {
-        the_peer_of_a_short_certificate_cuts(false);
+        the_peer_of_a_short_certificate_cuts(false, "close");
     }
 }

@@ -23,7 +23,9 @@ fn busy() -> Metrics {
     orders.attempt(None);
     orders.attempt(Some("connect_refused"));
     orders.retry_refused("budget");
-    orders.tcp_bytes(7, 9);
+    let [sent, received] = orders.tcp_bytes();
+    sent.inc_by(7);
+    received.inc_by(9);
     drop(metrics.connection(Direction::Inbound, Security::MutualTls, Protocol::Http2));
     std::mem::forget(metrics.connection(Direction::Outbound, Security::Plaintext, Protocol::Opaque));
     metrics.connection_failed(Direction::Inbound, Failure::Handshake);

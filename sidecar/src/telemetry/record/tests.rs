@@ -412,7 +412,13 @@ async fn opaque_connections_and_refusals_have_lines() {
     opaque.opened(Security::MutualTls, Protocol::Opaque);
     opaque.service(&handles);
     opaque.endpoint(endpoint());
-    opaque.bytes(10, 2000);
+    opaque.sent(10);
+    opaque.received(1500);
+    opaque.received(500);
+    assert!(
+        seen.counted("weft_tcp_bytes_total{direction=\"inbound\",service=\"db\",flow=\"received\"} 2000"),
+        "counted while it is open"
+    );
     assert!(
         seen.counted("weft_connections_active{direction=\"inbound\",security=\"mtls\",protocol=\"tcp\"} 1")
     );
