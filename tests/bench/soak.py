@@ -49,7 +49,7 @@ RSS_MOST_MB, FDS_MOST = 250, 4000
 REST_SLACK = 8  # descriptors
 GETS_LEAST = 10  # per second, or there was no load
 SLOWEST = 5  # seconds of a GET, or it counts as failed
-PACE_LEAST = 0.75  # of the GETs that h2load was to make in one run; of what hangs at its end it tells nothing
+PACE_LEAST = 0.5  # of the GETs that h2load was to make in one run; of what hangs at its end it tells nothing
 
 
 def main():
@@ -185,6 +185,7 @@ class Soak:
         self.samples = []  # (seconds, name, MB, descriptors)
         self.disturbed = {}
         self.left_out = None
+        self.retries = {}
         self.begun = time.monotonic()
         self.ran = 0.0
 
@@ -399,6 +400,7 @@ class Soak:
         self.ran = seconds
         for load in self.loads:
             wait(f"the last {load.name} ends", lambda load=load: self.has_ended(load), pause=TICK)
+        self.retries = self.count_retries()
         self.rest()
 
     def rest(self):
@@ -415,6 +417,18 @@ class Soak:
             wait(f"the pod {pod.name} is ready", pod.is_ready)
         for name, (_, fds) in self.look().items():
             self.at_rest[name].append(fds)
+
+    def count_retries(self):
+        """Why the client's sidecar tried again, and why it did not, by its metrics."""
+        _, text = self.client.namespace.get(15020, "/metrics", self.client.address) or (0, "")
+        found = re.findall(r'(weft_attempts_total\{.*outcome="retry"|weft_retries_refused_total\{)(.*)\} (\d+)', text)
+        counts = {}
+        for metric, labels, count in found:
+            what = "refused, " if "refused" in metric else ""
+            reason = re.search(r'reason="([^"]*)"', labels)
+            what += reason[1] if reason else "?"
+            counts[what] = counts.get(what, 0) + int(count)
+        return counts
 
     def has_ended(self, load):
         self.keep_load(load, is_over=True)
@@ -473,7 +487,8 @@ class Soak:
             if counts.get(least, 0) * 2 < counts.get("begun", 0):
                 broken.append(f"{name}: {shown} of {counts.get('begun', 0)} begun")
         print(f"\nDisturbed: {', '.join(f'{what} {count} times' for what, count in sorted(self.disturbed.items()))}; ", end="")
-        print(f"certificates of {LIFETIME}, service files written each second\n")
+        print(f"certificates of {LIFETIME}, service files written each second")
+        print(f"\nRetries: {', '.join(f'{why} {count}' for why, count in sorted(self.retries.items())) or 'none'}\n")
         print("| process | MB at first | MB at last | most | descriptors at first | at last | most | at rest | flat |")
         print("|---|---:|---:|---:|---:|---:|---:|---:|---|")
         for name in ("client", *ENDPOINTS, "authority"):
