@@ -5,6 +5,7 @@
 mod build;
 mod check;
 mod command;
+mod descriptors;
 mod live;
 mod memory;
 mod publication;
@@ -27,7 +28,7 @@ use crate::{
     identity,
     outbound::Upstreams,
     redirect::Namespace,
-    serve::SilentLimit,
+    serve::{SilentLimit, WhenFull},
     telemetry::{LogLevel, SpanExport, Telemetry},
     tls::Credentials,
 };
@@ -147,6 +148,8 @@ struct Places {
     inbound_requests: Arc<Semaphore>,
     outbound_requests: Arc<Semaphore>,
     inbound_silent: Arc<SilentLimit>,
+    /// What becomes of a connection over the bound.
+    when_full: WhenFull,
 }
 
 impl App {

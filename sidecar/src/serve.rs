@@ -30,11 +30,20 @@ pub enum Incident {
     Panicked(SocketAddr),
 }
 
-/// Accepts connections and runs `handle` for each in a task of its own, until `stop` begins. A connection over
-/// the cap is closed at once rather than left waiting.
+/// What becomes of a connection over the cap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WhenFull {
+    /// It is closed at once: the cap is what the operator wants.
+    Refuse,
+    /// It waits, and those behind it in the queue of the listener: the cap is what this process can hold.
+    Wait,
+}
+
+/// Accepts connections and runs `handle` for each in a task of its own, until `stop` begins.
 pub async fn accept<Handle, Handling>(
     listener: TcpListener,
     places: Arc<Semaphore>,
+    when_full: WhenFull,
     mut stop: Draining,
     tell: impl Fn(Incident) + Clone + Send + 'static,
     handle: Handle,
@@ -45,15 +54,22 @@ pub async fn accept<Handle, Handling>(
     if let Err(error) = net::set_options(&listener) {
         tracing::warn!(%error, "silent peers are not probed, and small writes may be delayed");
     }
+    // A spell of failures is told of once: clients decide how long it is.
+    let mut is_told = false;
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             () = stop.started() => return,
         };
         let (stream, client) = match accepted {
-            Ok(accepted) => accepted,
+            Ok(accepted) => {
+                is_told = false;
+                accepted
+            }
             Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection");
+                if !std::mem::replace(&mut is_told, true) {
+                    tracing::warn!(%error, "cannot accept a connection");
+                }
                 if matches!(Errno::try_from(error), Ok(Errno::EMFILE | Errno::ENFILE)) {
                     tell(Incident::NoDescriptor);
                 }
@@ -61,9 +77,16 @@ pub async fn accept<Handle, Handling>(
                 continue;
             }
         };
-        let Ok(place) = places.clone().try_acquire_owned() else {
-            tell(Incident::Full(client));
-            continue;
+        let place = match places.clone().try_acquire_owned() {
+            Ok(place) => place,
+            Err(_) if when_full == WhenFull::Wait => tokio::select! {
+                Ok(place) = places.clone().acquire_owned() => place,
+                () = stop.started() => return,
+            },
+            Err(_) => {
+                tell(Incident::Full(client));
+                continue;
+            }
         };
         let tell = tell.clone();
         // Not an async block around it: that would keep room for the connection's future twice.

@@ -198,11 +198,26 @@ impl Mesh {
         flags: &[&str],
         variables: &[(&str, &str)],
     ) -> Sidecar {
+        self.start_sidecar_under(&[], pod, service, flags, variables)
+    }
+
+    /// The same with a program and its arguments before the sidecar's, such as `prlimit`.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    pub fn start_sidecar_under(
+        &self,
+        wrapper: &[&str],
+        pod: &Pod,
+        service: &str,
+        flags: &[&str],
+        variables: &[(&str, &str)],
+    ) -> Sidecar {
         pod.resolver("nameserver 10.77.0.254\n");
         let mut apply = pod.command(&self.sidecar);
         apply.args(["redirect", "apply"]);
         output_of(apply);
-        let mut run = pod.command_as(SIDECAR_UID, &self.sidecar);
+        let mut run = self.command_under(wrapper, pod);
         let folder = self.arguments(&mut run, "run", pod, service, flags);
         run.envs(variables.iter().copied());
         let process = Process::start(&format!("sidecar of {service}"), run);
@@ -217,14 +232,39 @@ impl Mesh {
     /// # Panics
     /// If it does not become ready.
     pub fn exec(&self, pod: &Pod, service: &str, flags: &[&str], command: &[&str]) -> Sidecar {
-        let mut exec = pod.command_as(SIDECAR_UID, &self.sidecar);
+        let sidecar = self.start_exec_under(&[], pod, service, flags, command);
+        sidecar.wait_until_ready(pod);
+        sidecar
+    }
+
+    /// The same without waiting, and with a program and its arguments before the sidecar's, such as `prlimit`.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    pub fn start_exec_under(
+        &self,
+        wrapper: &[&str],
+        pod: &Pod,
+        service: &str,
+        flags: &[&str],
+        command: &[&str],
+    ) -> Sidecar {
+        let mut exec = self.command_under(wrapper, pod);
         let folder = self.arguments(&mut exec, "exec", pod, service, flags);
         exec.args(["--admin", "0.0.0.0:15020"]);
         exec.arg("--").args(command).current_dir("/");
         let process = Process::start(&format!("exec of {service}"), exec);
-        let sidecar = Sidecar { process, folder, address: pod.ipv4() };
-        sidecar.wait_until_ready(pod);
-        sidecar
+        Sidecar { process, folder, address: pod.ipv4() }
+    }
+
+    /// The sidecar's program in a pod, as its user.
+    fn command_under(&self, wrapper: &[&str], pod: &Pod) -> Command {
+        let Some((program, arguments)) = wrapper.split_first() else {
+            return pod.command_as(SIDECAR_UID, &self.sidecar);
+        };
+        let mut command = pod.command_as(SIDECAR_UID, program);
+        command.args(arguments).arg(&self.sidecar);
+        command
     }
 
     /// Gives a command line its arguments, and the sidecar its folder.

@@ -14,7 +14,10 @@ use tokio::{
     sync::{Semaphore, watch},
 };
 
-use super::{App, Conditions, Drains, Parts, Place, Places, Senders, Shared, command, worker::Listeners};
+use super::{
+    App, Conditions, Drains, Parts, Place, Places, Senders, Shared, command, descriptors::Descriptors,
+    worker::Listeners,
+};
 use crate::{
     admin::{Readiness, listen_private},
     config::Config,
@@ -25,8 +28,8 @@ use crate::{
     model::{Policy, Timeouts},
     net,
     outbound::Upstreams,
-    redirect::Listeners as InsideListeners,
-    serve::SilentLimit,
+    redirect::{Listeners as InsideListeners, NamespaceSettings},
+    serve::{SilentLimit, WhenFull},
     telemetry::{
         AccessLog, AccessLogTarget, LogFormat, Metrics, SpanExport, Telemetry, TraceSettings, init_log,
     },
@@ -60,15 +63,22 @@ impl App {
 }
 
 impl Parts {
-    fn build(config: Config, place: Place) -> Result<Parts> {
+    fn build(mut config: Config, place: Place) -> Result<Parts> {
         let log = init_log(&config.log, if config.log_json { LogFormat::Json } else { LogFormat::Text })?;
+        let descriptors = Descriptors::raise().context("cannot read the limit of open files")?;
+        let when_full = fit_connections(&mut config, descriptors);
         let (telemetry, span_export) = telemetry(&config)?;
         let advertised = advertised_address(&config)?;
         let (policies_sender, policies) = watch::channel(Arc::new(Policies::default()));
         let (command, app_dialer, mut sockets) = match place {
             Place::Host => (None, Dialer::Direct, host_sockets(&config, &policies, advertised)?),
             Place::Namespace(words) => {
-                let (namespace, inside) = command::start(&config, &words)?;
+                let settings = NamespaceSettings {
+                    command_descriptors: Some(descriptors.before),
+                    metrics: telemetry.metrics().clone(),
+                    ..command::settings(&config)?
+                };
+                let (namespace, inside) = command::start(&words, &settings)?;
                 let dialer = command::dialer(&namespace);
                 (Some(namespace), dialer, namespace_sockets(&config, &policies, advertised, inside)?)
             }
@@ -103,7 +113,7 @@ impl Parts {
             readiness,
             log,
             virtual_addresses: Arc::new(virtual_addresses(&config)),
-            places: places(&config),
+            places: places(&config, when_full),
             telemetry,
             credentials,
             identity_status,
@@ -153,7 +163,24 @@ fn telemetry(config: &Config) -> Result<(Arc<Telemetry>, Option<SpanExport>)> {
     Ok(Telemetry::new(&settings, access_log, metrics))
 }
 
-fn places(config: &Config) -> Places {
+/// Bounds connections by the descriptors that there are. Those over a bound that is not the operator's wait for their
+/// turn.
+fn fit_connections(config: &mut Config, descriptors: Descriptors) -> WhenFull {
+    let wanted = config.limits.connections;
+    let fit = descriptors.connections(wanted);
+    config.limits.connections = fit;
+    if fit == wanted {
+        return WhenFull::Refuse;
+    }
+    tracing::warn!(
+        "--max-connections {wanted} is clamped to {fit} for each direction, as this process may open {} files; further \
+         clients wait. Raise the hard limit (`ulimit -Hn`, LimitNOFILE=), or lower --max-connections",
+        descriptors.now
+    );
+    WhenFull::Wait
+}
+
+fn places(config: &Config, when_full: WhenFull) -> Places {
     let limits = &config.limits;
     Places {
         inbound_connections: Arc::new(Semaphore::new(limits.connections)),
@@ -161,6 +188,7 @@ fn places(config: &Config) -> Places {
         inbound_requests: Arc::new(Semaphore::new(limits.requests)),
         outbound_requests: Arc::new(Semaphore::new(limits.requests)),
         inbound_silent: SilentLimit::new(limits.connections),
+        when_full,
     }
 }
 

@@ -11,9 +11,8 @@ use crate::{
 };
 
 /// Makes the namespace. The command runs when the sidecar is ready.
-pub(super) fn start(config: &Config, words: &[OsString]) -> Result<(Arc<Namespace>, Listeners)> {
-    let settings = settings(config)?;
-    let (namespace, listeners) = Namespace::start(words, &settings)
+pub(super) fn start(words: &[OsString], settings: &NamespaceSettings) -> Result<(Arc<Namespace>, Listeners)> {
+    let (namespace, listeners) = Namespace::start(words, settings)
         .context("cannot make a network namespace for the command; `weft-sidecar check` finds out why")?;
     Ok((Arc::new(namespace), listeners))
 }
@@ -27,6 +26,7 @@ pub(super) fn settings(config: &Config) -> Result<NamespaceSettings> {
         ipv6: true,
         backend: Backend::default(),
         upstreams: config.upstreams.iter().map(|upstream| upstream.listen).collect(),
+        ..NamespaceSettings::default()
     })
 }
 

@@ -55,6 +55,7 @@ async fn carry(shared: &Arc<Shared>, listeners: Listeners, delivery: Delivery, d
         loops.spawn(serve::accept(
             listener,
             shared.places.inbound_connections.clone(),
+            shared.places.when_full,
             draining,
             tell(shared, Direction::Inbound, pools.clone()),
             move |stream, client| story.clone().connection(stream, client, connection_draining.clone()),
@@ -66,6 +67,7 @@ async fn carry(shared: &Arc<Shared>, listeners: Listeners, delivery: Delivery, d
         loops.spawn(serve::accept(
             listener,
             shared.places.outbound_connections.clone(),
+            shared.places.when_full,
             draining,
             tell(shared, Direction::Outbound, pools.clone()),
             move |stream, client| story.clone().connection(stream, client, connection_draining.clone()),

@@ -19,6 +19,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::{
+    errno::Errno,
     sys::{
         signal::Signal,
         socket::{Shutdown, shutdown},
@@ -36,6 +37,7 @@ use super::{
     namespace,
     stock::Stock,
 };
+use crate::telemetry::Metrics;
 
 /// How a namespace is made.
 #[derive(Debug, Clone)]
@@ -54,6 +56,10 @@ pub struct NamespaceSettings {
     pub backend: Backend,
     /// Addresses on the namespace's loopback where the sidecar listens for explicit upstreams.
     pub upstreams: Vec<SocketAddr>,
+    /// Soft limit of open descriptors (`RLIMIT_NOFILE`) that the command gets; none: that of this process.
+    pub command_descriptors: Option<u64>,
+    /// Counts sockets that were handed out and lost, as this process had no descriptor for them.
+    pub metrics: Arc<Metrics>,
 }
 
 impl Default for NamespaceSettings {
@@ -67,6 +73,8 @@ impl Default for NamespaceSettings {
             ipv6: true,
             backend: Backend::Auto,
             upstreams: Vec::new(),
+            command_descriptors: None,
+            metrics: Arc::default(),
         }
     }
 }
@@ -98,6 +106,7 @@ struct Shared {
     socket: OwnedFd,
     /// IPv4, IPv6.
     stocks: [Stock; 2],
+    metrics: Arc<Metrics>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,7 +139,11 @@ impl Namespace {
         let listeners = starting.prepare(settings)?;
         let (helper, socket) = starting.done()?;
 
-        let shared = Arc::new(Shared { socket, stocks: [Stock::new(), Stock::new()] });
+        let shared = Arc::new(Shared {
+            socket,
+            stocks: [Stock::new(), Stock::new()],
+            metrics: settings.metrics.clone(),
+        });
         let (progress, receiver) = watch::channel(Progress::Prepared);
         let for_reader = Arc::clone(&shared);
         let reader = thread::Builder::new()
@@ -212,8 +225,11 @@ impl Shared {
                     progress.send_replace(Progress::NotStarted(errno));
                 }
                 Ok(FromHelper::Exited { status }) => drop(progress.send_replace(Progress::Exited(status))),
-                Ok(FromHelper::Sockets { ipv6, missing, errno }) => {
-                    self.stocks[usize::from(ipv6)].put(received.attached, missing, errno);
+                Ok(FromHelper::Sockets { ipv6, made, missing, errno }) => {
+                    let lost = made.saturating_sub(received.attached.len());
+                    self.metrics.app_sockets_lost(lost);
+                    let errno = if lost > 0 { Errno::EMFILE as i32 } else { errno };
+                    self.stocks[usize::from(ipv6)].put(received.attached, missing + lost, errno);
                 }
                 other => {
                     tracing::error!("the helper of the namespace said {other:?}, which is not expected");
@@ -255,6 +271,7 @@ impl Starting {
             ipv6: settings.ipv6 && Path::new("/proc/sys/net/ipv6").exists(),
             backend: settings.backend.label().to_owned(),
             upstreams: settings.upstreams.clone(),
+            command_descriptors: settings.command_descriptors,
         };
         self.say(&ToHelper::Prepare(wanted))?;
         let mut listeners = Listeners::default();
@@ -271,6 +288,10 @@ impl Starting {
                     Purpose::DnsTcp => listeners.dns_tcp.push(socket.into()),
                     Purpose::Upstream(address) => listeners.upstreams.push((address, socket.into())),
                 },
+                (FromHelper::Listener(_), None) => bail!(
+                    "no descriptor is left for the listeners in the namespace; raise the limit of open files \
+                     (`ulimit -n`)"
+                ),
                 (FromHelper::Prepared, None) => return Ok(listeners),
                 (FromHelper::Failed { step, reason }, None) => bail!(explain(step, &reason)),
                 (message, _) => bail!("the helper of the namespace said {message:?}, which is not expected"),

@@ -45,6 +45,8 @@ const BACKLOG: i32 = 4096;
 /// How often, and for how many milliseconds each time, a command that was asked to end is waited for when the
 /// sidecar is already gone.
 const LAST_WAITS: (usize, u16) = (20, 100);
+/// What `sendmsg` says where it could send the message without the sockets.
+const SOCKETS_REFUSED: [Errno; 3] = [Errno::ETOOMANYREFS, Errno::ENOBUFS, Errno::ENOMEM];
 /// A file that every process has for itself: iptables-legacy wants to lock one, and in a network namespace of
 /// our own there is nobody to lock against.
 const OWN_LOCK_FILE: &str = "/proc/self/comm";
@@ -76,7 +78,8 @@ fn run() -> Result<()> {
     let children = SignalFd::with_flags(&children, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     set_child_subreaper(true)?;
 
-    let mut helper = Helper { socket, children, command, everyone: false, process: None };
+    let mut helper =
+        Helper { socket, children, command, everyone: false, command_descriptors: None, process: None };
     match helper.prepare() {
         Ok(true) => {}
         Ok(false) => return Ok(()), // the sidecar went away
@@ -96,6 +99,9 @@ struct Helper {
     command: Vec<OsString>,
     /// All users are mapped, and not only one.
     everyone: bool,
+    /// Soft limit of descriptors for the command; none: ours.
+    command_descriptors: Option<u64>,
+    /// The command, from its start until it was reaped: after that its number may be somebody else's.
     process: Option<Pid>,
 }
 
@@ -106,6 +112,7 @@ impl Helper {
         let Some(ToHelper::Prepare(wanted)) = self.hear().map_err(at(Step::Unshare))? else {
             return Ok(false);
         };
+        self.command_descriptors = wanted.command_descriptors;
         unshare(CloneFlags::CLONE_NEWUSER).context("user namespace").map_err(at(Step::Unshare))?;
         self.say(&FromHelper::Unshared).map_err(|error| (Step::Users, error.into()))?;
         let Some(ToHelper::Mapped { everyone }) = self.hear().map_err(at(Step::Users))? else {
@@ -197,7 +204,8 @@ impl Helper {
             name.push(value);
             name
         });
-        namespace::start_command(&command, &namespace::c_strings(environment)?, &self.users()?)
+        let environment = namespace::c_strings(environment)?;
+        namespace::start_command(&command, &environment, &self.users()?, self.command_descriptors)
     }
 
     /// The command's users below ours: the same again, or the one that we map as 0 under its own number.
@@ -229,12 +237,20 @@ impl Helper {
                 }
             }
         }
-        let message = FromHelper::Sockets { ipv6, missing: count - sockets.len(), errno };
-        Ok(send(self.socket.as_fd(), &message, &namespace::borrowed(&sockets))?)
+        let message = |made, errno| FromHelper::Sockets { ipv6, made, missing: count - made, errno };
+        let sent = send(self.socket.as_fd(), &message(sockets.len(), errno), &namespace::borrowed(&sockets));
+        match sent.as_ref().map_err(io::Error::raw_os_error) {
+            // Too many are under way to all receivers of this user, or the kernel has no memory for them now: whoever
+            // waits for a socket hears of it, and the command goes on.
+            Err(Some(errno)) if SOCKETS_REFUSED.contains(&Errno::from_raw(errno)) => {
+                Ok(self.say(&message(0, errno))?)
+            }
+            _ => Ok(sent?),
+        }
     }
 
     /// Buries every child that has ended; gives the status of the command if it was among them.
-    fn reap(&self) -> Result<Option<i32>> {
+    fn reap(&mut self) -> Result<Option<i32>> {
         while self.children.read_signal()?.is_some() {}
         loop {
             let (process, status) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
@@ -247,6 +263,7 @@ impl Helper {
                 Err(error) => return Err(error.into()),
             };
             if Some(process) == self.process {
+                self.process = None;
                 return Ok(Some(status));
             }
         }

@@ -40,6 +40,8 @@ pub(super) struct Preparation {
     /// `auto`, `nft` or `legacy`.
     pub backend: String,
     pub upstreams: Vec<SocketAddr>,
+    /// Soft limit of open descriptors (`RLIMIT_NOFILE`) that the command gets; none: the helper's own.
+    pub command_descriptors: Option<u64>,
 }
 
 /// From the helper to the sidecar.
@@ -57,8 +59,8 @@ pub(super) enum FromHelper {
     Started,
     /// The command could not be started: what the kernel said.
     NotStarted { errno: i32 },
-    /// The attached sockets; `missing` of those that were asked for could not be made.
-    Sockets { ipv6: bool, missing: usize, errno: i32 },
+    /// So many sockets were `made` and attached; `missing` of those that were asked for could not be made.
+    Sockets { ipv6: bool, made: usize, missing: usize, errno: i32 },
     /// The command ended: its status as `wait(2)` gives it.
     Exited { status: i32 },
 }
@@ -125,7 +127,8 @@ pub fn is_message(text: &[u8]) -> bool {
     serde_json::from_slice::<ToHelper>(text).is_ok() || serde_json::from_slice::<FromHelper>(text).is_ok()
 }
 
-/// A message as it came.
+/// A message as it came. Where the receiver may have no more descriptors, the kernel closes some or all of the
+/// sockets that were attached, and the text still arrives.
 #[derive(Debug)]
 pub(super) struct Received {
     pub text: Vec<u8>,

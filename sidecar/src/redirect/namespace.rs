@@ -7,7 +7,8 @@ use std::{
     convert::Infallible,
     ffi::{CString, OsString},
     fs::{self, File},
-    io::{self, IoSliceMut, Read, Write},
+    io::{self, Read, Write},
+    mem,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::{ffi::OsStringExt, process::CommandExt},
@@ -17,15 +18,15 @@ use std::{
 };
 
 use nix::{
-    cmsg_space,
     errno::Errno,
     fcntl::{FcntlArg, FdFlag, OFlag, fcntl},
     libc,
     sched::{CloneFlags, unshare},
     sys::{
         prctl::set_pdeathsig,
+        resource::{Resource, getrlimit, setrlimit},
         signal::{SigHandler, SigSet, SigmaskHow, Signal, signal, sigprocmask},
-        socket::{AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair},
+        socket::{AddressFamily, SockFlag, SockType, socketpair},
     },
     unistd::{ForkResult, Pid, execvpe, fork, getpid, getppid, pipe2},
 };
@@ -78,37 +79,68 @@ pub(super) fn take_over(number: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
-/// Waits for the next message; nothing if the other end is gone.
+/// Waits for the next message; nothing if the other end is gone. Sockets that were attached and for which there was
+/// no descriptor left (`MSG_CTRUNC`) are closed by the kernel; the others are given.
 ///
 /// # Errors
-/// What `recvmsg` says; `InvalidData` if a message was cut.
+/// What `recvmsg` says; `InvalidData` if the text of a message was cut.
 pub(super) fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<Received>> {
-    let mut text = vec![0; LONGEST];
-    let mut control = cmsg_space!([RawFd; MOST_SOCKETS]);
-    let (length, attached, cut) = {
-        let mut parts = [IoSliceMut::new(&mut text)];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let received = loop {
-            match recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags) {
-                Err(Errno::EINTR) => {}
-                Err(Errno::ECONNRESET) => return Ok(None),
-                other => break other?,
-            }
-        };
-        let mut attached = Vec::new();
-        for message in received.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(numbers) = message {
-                // SAFETY: the kernel has just opened these descriptors for us and nobody else knows them.
-                attached.extend(numbers.into_iter().map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
-            }
+    let mut text = vec![0_u8; LONGEST];
+    // Of words, for the kernel writes headers of such alignment.
+    let mut control = [0_usize; CONTROL_WORDS];
+    let mut part = libc::iovec { iov_base: text.as_mut_ptr().cast(), iov_len: text.len() };
+    // SAFETY: a plain struct of numbers and pointers, for which zeros are valid.
+    let mut header: libc::msghdr = unsafe { mem::zeroed() };
+    header.msg_iov = &raw mut part;
+    header.msg_iovlen = 1;
+    header.msg_control = control.as_mut_ptr().cast();
+    header.msg_controllen = mem::size_of_val(&control) as _;
+    let length = loop {
+        // SAFETY: every pointer in the header is to a buffer that lives here, with its length beside it. Not
+        // nix's function: it gives no descriptor at all where some did not fit.
+        let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, libc::MSG_CMSG_CLOEXEC) };
+        match Errno::result(received) {
+            Err(Errno::EINTR) => {}
+            Err(Errno::ECONNRESET) => return Ok(None),
+            other => break other? as usize,
         }
-        (received.bytes, attached, received.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC))
     };
-    if cut {
+    let attached = attached_to(&header);
+    if header.msg_flags & libc::MSG_TRUNC != 0 {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "a message of the namespace was cut"));
     }
     text.truncate(length);
     Ok((length > 0).then_some(Received { text, attached }))
+}
+
+/// Room for a message's sockets, in words.
+const CONTROL_WORDS: usize = (mem::size_of::<libc::cmsghdr>() + MOST_SOCKETS * mem::size_of::<RawFd>())
+    .div_ceil(mem::size_of::<usize>())
+    + 1;
+
+/// The descriptors that came with a message that `recvmsg` has just filled in (cmsg(3)).
+fn attached_to(header: &libc::msghdr) -> Vec<OwnedFd> {
+    let mut attached = Vec::new();
+    // SAFETY: the kernel has filled in the header and its buffer, which both live; these walk inside of it.
+    let mut message = unsafe { libc::CMSG_FIRSTHDR(header) };
+    // SAFETY: as above; it is null at the end.
+    while let Some(about) = unsafe { message.as_ref() } {
+        if (about.cmsg_level, about.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            // SAFETY: computes a number.
+            let head = unsafe { libc::CMSG_LEN(0) } as usize;
+            let count = (about.cmsg_len as usize).saturating_sub(head) / mem::size_of::<RawFd>();
+            for at in 0..count {
+                // SAFETY: the length says that so many numbers stand there, and the kernel has just opened these
+                // descriptors for us: nobody else knows them.
+                attached.push(unsafe {
+                    OwnedFd::from_raw_fd(libc::CMSG_DATA(message).cast::<RawFd>().add(at).read_unaligned())
+                });
+            }
+        }
+        // SAFETY: as for the first.
+        message = unsafe { libc::CMSG_NXTHDR(header, message) };
+    }
+    attached
 }
 
 /// How the users of a new user namespace are mapped to those of its parent (user_namespaces(7)).
@@ -137,7 +169,7 @@ impl UserMap {
 
 /// Starts the command in a user namespace below the helper's, where it has no capability over the helper's
 /// network namespace. It dies with the helper. It inherits only descriptors 0, 1 and 2, no blocked signal, and
-/// the given environment.
+/// the given environment and soft limit of descriptors.
 ///
 /// # Errors
 /// What fork, unshare or exec says; then no process is left.
@@ -145,6 +177,7 @@ pub(super) fn start_command(
     command: &[CString],
     environment: &[CString],
     users: &UserMap,
+    descriptors: Option<u64>,
 ) -> io::Result<Pid> {
     let (from_child, to_helper) = pipe2(OFlag::O_CLOEXEC)?;
     let (from_helper, to_child) = pipe2(OFlag::O_CLOEXEC)?;
@@ -154,8 +187,14 @@ pub(super) fn start_command(
         ForkResult::Child => {
             drop((from_child, to_child));
             let mut report = File::from(to_helper);
-            let Err(error) =
-                become_command(command, environment, helper, &mut report, File::from(from_helper));
+            let Err(error) = become_command(
+                command,
+                environment,
+                helper,
+                descriptors,
+                &mut report,
+                File::from(from_helper),
+            );
             let _ = report.write_all(&(error as i32).to_ne_bytes());
             // SAFETY: ends the child at once, without running what the helper has registered for its exit.
             unsafe { libc::_exit(127) }
@@ -197,6 +236,7 @@ fn become_command(
     command: &[CString],
     environment: &[CString],
     helper: Pid,
+    descriptors: Option<u64>,
     report: &mut File,
     mut go: File,
 ) -> Result<Infallible, Errno> {
@@ -211,6 +251,10 @@ fn become_command(
         return Err(Errno::ESRCH); // it died before the line above
     }
     close_at_exec()?;
+    if let Some(soft) = descriptors {
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        setrlimit(Resource::RLIMIT_NOFILE, soft.min(hard), hard)?;
+    }
     // SAFETY: sets a default, which runs no code of ours. Rust programs ignore SIGPIPE, others expect it.
     unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }?;
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;

@@ -65,8 +65,9 @@ impl Stock {
         let count = sockets.len() + missing;
         shelf.asked = shelf.asked.saturating_sub(count);
         shelf.sockets.extend(sockets.into_iter().map(Ok));
-        // an error for those who wait, and none for those who come later
-        let failed = missing.min(self.waiting.load(Ordering::Relaxed));
+        // an error for those who wait and for whom there is no socket, and none for those who come later
+        let unserved = self.waiting.load(Ordering::Relaxed).saturating_sub(shelf.sockets.len());
+        let failed = missing.min(unserved);
         shelf.sockets.extend((0..failed).map(|_| Err(io::Error::from_raw_os_error(errno))));
         let arrived = count - missing + failed;
         drop(shelf);
@@ -156,6 +157,24 @@ mod tests {
             Ok(())
         };
         assert!(stock.take(working).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn an_error_is_for_those_alone_who_get_no_socket() {
+        let stock = Stock::new();
+        let few = |count| {
+            stock.put(sockets(1), count - 1, 24);
+            Ok(())
+        };
+        assert!(stock.take(few).await.is_ok(), "one arrived, and one waits");
+        assert_eq!(stock.lock().sockets.len(), 0, "no error stays for whoever comes later");
+        let none = |_| Ok(());
+        let (one, other, ()) = tokio::join!(stock.take(none), stock.take(none), async {
+            stock.put(sockets(1), 5, 24);
+        });
+        assert!(one.is_ok());
+        assert_eq!(other.unwrap_err().raw_os_error(), Some(24));
+        assert_eq!(stock.lock().sockets.len(), 0);
     }
 
     #[tokio::test]

@@ -66,6 +66,7 @@ pub struct Metrics {
     spans_exported: Counter,
     spans_dropped: Counters,
     log_lines_dropped: Counter,
+    app_sockets_lost: Counter,
 }
 
 /// One open connection; counts it as gone when dropped.
@@ -173,6 +174,9 @@ impl Metrics {
         weft.register("certificate_expiry_seconds", help, certificate_expiry.clone());
         let help = "Lines of the access log that were lost because writing was too slow";
         weft.register("log_lines_dropped", help, log_lines_dropped.clone());
+        let app_sockets_lost = Counter::default();
+        let help = "Sockets to the app of `exec` that were lost for want of descriptors";
+        weft.register("app_sockets_lost", help, app_sockets_lost.clone());
 
         Metrics {
             registry,
@@ -195,6 +199,7 @@ impl Metrics {
             spans_exported,
             spans_dropped,
             log_lines_dropped,
+            app_sockets_lost,
         }
     }
 
@@ -292,6 +297,11 @@ impl Metrics {
     /// So many registered instances cannot be read now.
     pub fn registry_unreadable(&self, count: usize) {
         self.registry_unreadable.set(count as i64);
+    }
+
+    /// Sockets that were made for connections to the app arrived when no descriptor was left for them.
+    pub fn app_sockets_lost(&self, count: usize) {
+        self.app_sockets_lost.inc_by(count as u64);
     }
 
     pub(super) fn spans_sent(&self, count: usize) {

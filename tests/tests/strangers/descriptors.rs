@@ -1,4 +1,5 @@
-//! A sidecar that may open no more descriptors (`RLIMIT_NOFILE`): connections that nobody uses make room for clients.
+//! A sidecar that may open few descriptors (`RLIMIT_NOFILE`), or no more: connections that nobody uses make room for
+//! clients, clients wait, and neither the sidecar nor the command of `exec` ends.
 
 use std::{
     fs,
@@ -9,8 +10,9 @@ use std::{
     time::Duration,
 };
 
+use nix::unistd::Pid;
 use weft_proto::names::SIDECAR_UID;
-use weft_tests::{Mesh, Need, Pod, can_run, output_of, until};
+use weft_tests::{Mesh, Need, Pod, Sidecar, can_run, output_of, pause, program, program_for_everyone, until};
 
 /// Requests at a time, so that as many connections to the app stay behind.
 const BURST: usize = 20;
@@ -70,9 +72,147 @@ fn numbers(folder: &str) -> Vec<usize> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
+const NEEDS: [Need; 3] = [Need::Root, Need::Program("curl", "curl"), Need::Program("prlimit", "util-linux")];
+
+/// Lets a running sidecar have this limit and no more.
+fn limit(pod: &Pod, sidecar: Pid, descriptors: usize) {
+    // As the same user, who may lower it without a privilege.
+    let mut prlimit = pod.command_as(SIDECAR_UID, "prlimit");
+    prlimit.args(["--pid", &sidecar.to_string(), &format!("--nofile={descriptors}:{descriptors}")]);
+    output_of(prlimit);
+}
+
+/// A client of an app that gives lines back. It holds its connection.
+fn say(client: &Pod, server: &Pod) -> TcpStream {
+    let address = (server.ipv4(), 8080);
+    let mut stream = client.inside(|| TcpStream::connect(address)).expect("a connection");
+    stream.set_read_timeout(Some(Duration::from_secs(15))).expect("a timeout");
+    stream.write_all(b"hello\n").expect("a line");
+    stream
+}
+
+fn is_given_back(stream: &mut TcpStream) -> bool {
+    stream.read_exact(&mut [0; 6]).is_ok()
+}
+
+/// The soft and the hard limit of a process.
+fn limits(process: Pid) -> Vec<usize> {
+    let text = fs::read_to_string(format!("/proc/{process}/limits")).expect("its limits");
+    let line = text.lines().find(|line| line.starts_with("Max open files")).expect("the limit of files");
+    line.split_whitespace().filter_map(|word| word.parse().ok()).collect()
+}
+
+#[test]
+fn a_want_of_descriptors_does_not_end_exec() {
+    if !can_run(&NEEDS) {
+        return;
+    }
+    let mesh = Mesh::new();
+    let (client, server) = (mesh.network.pod("client"), mesh.network.pod("server"));
+    let (_folder, peer) = program_for_everyone(&program("mesh-peer"));
+    let command = [&peer.display().to_string(), "app", "127.0.0.1:8080"];
+    let mut exec = mesh.exec(&server, "app", &["--port", "8080", "--protocol", "tcp"], &command);
+    exec.process.wait_for_line("serving");
+    until("the app is reached", || is_given_back(&mut say(&client, &server)));
+
+    let open = numbers(&format!("/proc/{}/fd", exec.process.id()));
+    let most = open.iter().max().expect("descriptors") + 20;
+    limit(&server, exec.process.id(), most);
+    // Numbers below the highest may be free.
+    let clients = most - open.len() + 60;
+    let held: Vec<TcpStream> = (0..clients).map(|_| say(&client, &server)).collect();
+    until("no descriptor is left", || exec.process.log().contains("cannot accept a connection"));
+    drop(held);
+    until("others are served", || is_given_back(&mut say(&client, &server)));
+    let metrics = exec.metrics(&server);
+    let lost = metrics.lines().find_map(|line| line.strip_prefix("weft_app_sockets_lost_total "));
+    assert!(lost.is_some_and(|count| count != "0"), "{lost:?}");
+    assert!(!exec.process.has_ended(), "{}", exec.process.log());
+}
+
+#[test]
+fn the_soft_limit_is_raised_and_the_command_gets_it_back() {
+    if !can_run(&NEEDS) {
+        return;
+    }
+    let mesh = Mesh::new();
+    let (client, server) = (mesh.network.pod("client"), mesh.network.pod("server"));
+    let (_folder, peer) = program_for_everyone(&program("mesh-peer"));
+    let wrapper = ["prlimit", "--nofile=256:2000"];
+    let script = format!(
+        "echo soft $(ulimit -Sn) hard $(ulimit -Hn); ulimit -Sn 1000; exec {} app 127.0.0.1:8080",
+        peer.display()
+    );
+    let flags = ["--port", "8080", "--protocol", "tcp"];
+    let mut exec = mesh.start_exec_under(&wrapper, &server, "app", &flags, &["sh", "-c", &script]);
+    exec.process.wait_for_line("soft 256 hard 2000");
+    exec.process.wait_for_line("serving");
+    assert_eq!(limits(exec.process.id()), [2000, 2000]);
+    exec.process.wait_for_line("--max-connections 20000 is clamped to 436");
+    // More than fit below the soft limit.
+    let mut held: Vec<TcpStream> = (0..200).map(|_| say(&client, &server)).collect();
+    assert!(held.iter_mut().all(is_given_back), "{}", exec.process.log());
+
+    // A bound that fits is not spoken of.
+    let pod = mesh.network.pod("other");
+    let flags = ["--max-connections", "100"];
+    let other = mesh.start_sidecar_under(&wrapper, &pod, "other", &flags, &[]);
+    other.wait_until_ready(&pod);
+    assert_eq!(limits(other.process.id()), [2000, 2000]);
+    assert!(!other.process.log().contains("clamped"), "{}", other.process.log());
+}
+
+/// So many connections fit into the 400 descriptors of the test below,
+const FIT: usize = 50;
+/// and so many come at once.
+const WAITING: usize = 250;
+
+#[test]
+fn clients_wait_where_few_descriptors_are_there() {
+    if !can_run(&NEEDS) {
+        return;
+    }
+    let mesh = Mesh::new();
+    let (_folder, peer) = program_for_everyone(&program("mesh-peer"));
+    let peer = peer.display().to_string();
+    let wrapper = ["prlimit", "--nofile=400:400"];
+    let flags = ["--port", "8080", "--protocol", "tcp"];
+
+    let (client, server) = (mesh.network.pod("client-exec"), mesh.network.pod("exec"));
+    let app = [&peer, "app", "127.0.0.1:8080"];
+    let mut exec = mesh.start_exec_under(&wrapper, &server, "one", &flags, &app);
+    exec.process.wait_for_line("serving");
+    all_are_served_in_turn(&client, &server, &exec);
+
+    let (client, server) = (mesh.network.pod("client-run"), mesh.network.pod("run"));
+    let mut app = server.start(&peer, &["app", "127.0.0.1:8080"]);
+    app.wait_for_line("serving");
+    let run = mesh.start_sidecar_under(&wrapper, &server, "two", &flags, &[]);
+    run.wait_until_ready(&server);
+    all_are_served_in_turn(&client, &server, &run);
+}
+
+fn all_are_served_in_turn(client: &Pod, server: &Pod, sidecar: &Sidecar) {
+    assert!(sidecar.process.log().contains(&format!("is clamped to {FIT} ")), "{}", sidecar.process.log());
+    until("the app is reached", || is_given_back(&mut say(client, server)));
+    let clients: Vec<TcpStream> = (0..WAITING).map(|_| say(client, server)).collect();
+    let served: Vec<_> = clients
+        .into_iter()
+        .map(|mut stream| {
+            thread::spawn(move || {
+                let served = is_given_back(&mut stream);
+                (0..5).for_each(|_| pause());
+                served
+            })
+        })
+        .collect();
+    let count = served.into_iter().filter_map(|client| client.join().ok()).filter(|served| *served).count();
+    assert_eq!(count, WAITING, "{}", sidecar.process.log());
+}
+
 #[test]
 fn idle_connections_make_room_when_descriptors_run_out() {
-    if !can_run(&[Need::Root, Need::Program("curl", "curl"), Need::Program("prlimit", "util-linux")]) {
+    if !can_run(&NEEDS) {
         return;
     }
     let mesh = Mesh::new();
@@ -92,13 +232,9 @@ fn idle_connections_make_room_when_descriptors_run_out() {
 
     // No number above the highest that is open; those of the burst's clients are free below it.
     let open = numbers(&folder);
-    let limit = open.iter().max().expect("descriptors") + 1;
-    let clients = limit - open.len() + MORE;
-    let limit = format!("--nofile={limit}:{limit}");
-    // As the same user, who may lower it without a privilege.
-    let mut prlimit = client.command_as(SIDECAR_UID, "prlimit");
-    prlimit.args(["--pid", &sidecar.process.id().to_string(), &limit]);
-    output_of(prlimit);
+    let most = open.iter().max().expect("descriptors") + 1;
+    let clients = most - open.len() + MORE;
+    limit(&client, sidecar.process.id(), most);
     let mut held = Vec::new();
     for number in 0..clients {
         held.push(ask(&client, &server, "/"));
