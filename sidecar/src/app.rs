@@ -157,13 +157,16 @@ impl App {
     /// the command, where there is one.
     pub fn run(self) -> ExitCode {
         let App { runtime, parts } = self;
-        match runtime.block_on(parts.live()) {
+        let code = match runtime.block_on(parts.live()) {
             Ok(code) => ExitCode::from(code),
             Err(error) => {
                 tracing::error!("{error:#}");
                 ExitCode::FAILURE
             }
-        }
+        };
+        // A file or name that is looked up aside may hang; the end does not wait for it.
+        runtime.shutdown_background();
+        code
     }
 }
 

@@ -124,12 +124,14 @@ impl Telemetry {
         Connection::begin(self, direction, peer_address)
     }
 
-    /// Waits until the spans and then the lines so far are out, for each not longer than this. For the end of the process.
+    /// Waits until the spans and the lines so far are out, but not longer than this. For the end of the process.
     pub async fn flush(&self, longest: Duration) {
-        if let Some(spans) = &self.spans {
-            spans.flush(longest).await;
-        }
-        self.access_log.flush(longest).await;
+        let spans = async {
+            if let Some(spans) = &self.spans {
+                spans.flush(longest).await;
+            }
+        };
+        tokio::join!(spans, self.access_log.flush(longest));
     }
 }
 

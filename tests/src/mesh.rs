@@ -172,6 +172,8 @@ impl Mesh {
             ("--policies-dir", shown(self.policies())),
             ("--settle-time", "100ms".to_owned()),
             ("--access-log", "all".to_owned()),
+            // The app hears from nobody but those who call it in a test.
+            ("--probe", "none".to_owned()),
         ];
         flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect()
     }

@@ -3,6 +3,8 @@
 
 #[path = "life/balance.rs"]
 mod balance;
+#[path = "life/command.rs"]
+mod command;
 #[path = "life/drain.rs"]
 mod drain;
 #[path = "life/frozen.rs"]
@@ -13,6 +15,8 @@ mod kill;
 mod renewal;
 #[path = "life/retry.rs"]
 mod retry;
+#[path = "life/signals.rs"]
+mod signals;
 #[path = "life/stall.rs"]
 mod stall;
 #[path = "life/trace.rs"]

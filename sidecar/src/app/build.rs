@@ -1,8 +1,9 @@
 //! Opens every socket and makes every part.
 
 use std::{
+    fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
     time::SystemTime,
 };
@@ -42,9 +43,23 @@ pub(super) struct Sockets {
     pub(super) dns_tcp: Vec<TcpListener>,
     pub(super) admin: TcpListener,
     pub(super) admin_socket: UnixListener,
+    pub(super) admin_socket_file: SocketFile,
     pub(super) delivery: Delivery,
     /// The address that peers dial.
     pub(super) advertised: IpAddr,
+}
+
+/// The file of the admin socket, which goes with the sidecar, however it ends.
+pub(super) struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+fn listen_admin(path: &Path) -> Result<(UnixListener, SocketFile)> {
+    Ok((listen_private(path)?, SocketFile(path.to_owned())))
 }
 
 impl App {
@@ -67,7 +82,11 @@ impl Parts {
         let log = init_log(&config.log, if config.log_json { LogFormat::Json } else { LogFormat::Text })?;
         let descriptors = Descriptors::raise().context("cannot read the limit of open files")?;
         let when_full = fit_connections(&mut config, descriptors);
-        let (telemetry, span_export) = telemetry(&config)?;
+        let output = match place {
+            Place::Host => AccessLogTarget::Stdout,
+            Place::Namespace(_) => AccessLogTarget::Stderr,
+        };
+        let (telemetry, span_export) = telemetry(&config, output)?;
         let advertised = advertised_address(&config)?;
         let (policies_sender, policies) = watch::channel(Arc::new(Policies::default()));
         let (command, app_dialer, mut sockets) = match place {
@@ -79,6 +98,9 @@ impl Parts {
                     ..command::settings(&config)?
                 };
                 let (namespace, inside) = command::start(&words, &settings)?;
+                // Standard output is the command's. Nothing of ours gets there, and whoever reads it sees its end
+                // when the command closes it.
+                nix::unistd::dup2_stdout(io::stderr()).context("cannot leave standard output")?;
                 let dialer = command::dialer(&namespace);
                 (Some(namespace), dialer, namespace_sockets(&config, &policies, advertised, inside)?)
             }
@@ -149,7 +171,7 @@ pub(super) fn default_policy(config: &Config) -> Policy {
 
 /// Traces by the `OTEL_*` variables; one that cannot be used is told and left out, as the specification of
 /// OpenTelemetry has it.
-fn telemetry(config: &Config) -> Result<(Arc<Telemetry>, Option<SpanExport>)> {
+fn telemetry(config: &Config, output: AccessLogTarget) -> Result<(Arc<Telemetry>, Option<SpanExport>)> {
     let service = config.own.service.as_str();
     let (mut settings, problems) = TraceSettings::read(|name| std::env::var(name).ok(), service);
     for problem in problems {
@@ -157,7 +179,7 @@ fn telemetry(config: &Config) -> Result<(Arc<Telemetry>, Option<SpanExport>)> {
     }
     settings.propagators.unsampled = config.propagate_unsampled;
     let metrics = Arc::new(Metrics::new());
-    let target = config.access_log_file.clone().map_or(AccessLogTarget::Stdout, AccessLogTarget::File);
+    let target = config.access_log_file.clone().map_or(output, AccessLogTarget::File);
     let access_log =
         AccessLog::open(config.access_log, &target, &metrics).context("cannot open the access log")?;
     Ok(Telemetry::new(&settings, access_log, metrics))
@@ -230,12 +252,14 @@ fn host_sockets(
     }
     let mut addresses = interface_addresses()?;
     addresses.push(advertised);
+    let (admin_socket, admin_socket_file) = listen_admin(&ports.admin_socket)?;
     Ok(Sockets {
         workers,
         dns_udp,
         dns_tcp,
         admin: net::listen(ports.admin).with_context(|| taken(ports.admin, "admin"))?,
-        admin_socket: listen_private(&ports.admin_socket)?,
+        admin_socket,
+        admin_socket_file,
         delivery: delivery(config, policies, Meaning::Redirected, addresses),
         advertised,
     })
@@ -266,12 +290,14 @@ fn namespace_sockets(
         }
     }
     let admin = config.ports.admin;
+    let (admin_socket, admin_socket_file) = listen_admin(&config.ports.admin_socket)?;
     Ok(Sockets {
         workers,
         dns_udp: inside.dns_udp,
         dns_tcp: inside.dns_tcp,
         admin: net::listen(admin).with_context(|| taken(admin, "admin"))?,
-        admin_socket: listen_private(&config.ports.admin_socket)?,
+        admin_socket,
+        admin_socket_file,
         delivery: delivery(config, policies, Meaning::Listener, vec![advertised]),
         advertised,
     })

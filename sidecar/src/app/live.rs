@@ -19,7 +19,7 @@ use super::{
     build::Sockets,
     publication::Publication,
     sources::{start_dns, start_faces, start_sources},
-    stop::{End, asked, drain, running, signals},
+    stop::{asked, drain, running, signals, threads_gone},
     worker,
 };
 /// After this long the log says what is still missing for readiness.
@@ -31,8 +31,17 @@ impl Parts {
     pub(super) async fn live(self) -> Result<u8> {
         let Parts { shared, sockets, command, senders, span_export, drains, drainings } = self;
         let drain_asked = Arc::new(Notify::new());
-        let mut signals = signals()?;
-        let Sockets { workers, dns_udp, dns_tcp, admin, admin_socket, delivery, advertised } = sockets;
+        let mut signals = signals(command.as_ref())?;
+        let Sockets {
+            workers,
+            dns_udp,
+            dns_tcp,
+            admin,
+            admin_socket,
+            admin_socket_file: _removed_at_the_end,
+            delivery,
+            advertised,
+        } = sockets;
         let (tasks, stop) = (shared.tasks.clone(), drain_asked.clone());
         tokio::spawn(async move {
             tasks.died().await;
@@ -62,26 +71,21 @@ impl Parts {
             admin_socket = %shared.config.ports.admin_socket.display(),
             "started"
         );
+        let mut publication = Publication::none();
         let early = tokio::select! {
             () = ready(&shared) => None,
-            () = asked(&mut signals, &drain_asked) => Some(End::Asked),
-        };
-        let publication = match early {
-            None => Publication::of(&shared, advertised)?,
-            Some(_) => Publication::default(),
+            end = asked(&mut signals, &drain_asked) => Some(end),
         };
         let end = match early {
             Some(end) => end,
-            None => running(command.as_deref(), &mut signals, &drain_asked).await?,
+            None => {
+                publication = Publication::of(&shared, advertised);
+                running(command.as_deref(), &mut publication, &mut signals, &drain_asked).await
+            }
         };
         let code = drain(&shared, drains, publication, command.as_deref(), end, &mut signals).await;
-        for thread in threads {
-            if thread.join().is_err() {
-                tracing::error!("a worker ended with a panic");
-            }
-        }
+        threads_gone(threads).await;
         shared.telemetry.flush(FLUSH_PATIENCE).await;
-        let _ = std::fs::remove_file(&shared.config.ports.admin_socket);
         // Whoever started us shall start us again.
         Ok(if code == 0 && shared.tasks.is_one_dead() { 1 } else { code })
     }

@@ -2,12 +2,13 @@
 //! and the probe of the app that the registration tells of.
 
 use std::{
+    future::pending,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, bail};
 use bytes::Bytes;
 use http_body_util::Empty;
 use hyper::{Request, client::conn::http1, header::HOST};
@@ -35,16 +36,28 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Where others can find our workload.
 #[derive(Default)]
 pub(super) struct Publication {
+    wanted: Option<Wanted>,
     file: Option<Published>,
     consul: Option<OwnRegistration>,
 }
 
+/// What is to be made known.
+struct Wanted {
+    shared: Arc<Shared>,
+    workload: Workload,
+}
+
 impl Publication {
-    /// Makes the workload known wherever the settings say. Nothing where it has no port.
-    pub(super) fn of(shared: &Arc<Shared>, advertised: IpAddr) -> Result<Publication> {
+    /// Nothing is made known.
+    pub(super) fn none() -> Publication {
+        Publication::default()
+    }
+
+    /// The workload, to be made known wherever the settings say. Nothing where it has no port.
+    pub(super) fn of(shared: &Arc<Shared>, advertised: IpAddr) -> Publication {
         let config = &shared.config;
         let Some(port) = config.app.ports.first().copied().filter(|_| config.stores.publish) else {
-            return Ok(Publication::default());
+            return Publication::none();
         };
         let identities = shared.credentials.borrow().iter().map(|own| own.id().clone()).collect();
         let endpoint = Endpoint {
@@ -61,38 +74,57 @@ impl Publication {
             identities,
             endpoint,
         };
-        let file = config.stores.services.as_ref().map(|folder| {
-            publish::publish(folder, &workload)
-                .with_context(|| format!("cannot publish this workload in {}", folder.display()))
-        });
-        let consul = shared.consul.clone().zip(config.stores.consul.as_ref()).map(|(client, settings)| {
+        Publication { wanted: Some(Wanted { shared: shared.clone(), workload }), ..Publication::none() }
+    }
+
+    /// Makes it known: to Consul at once, with the health of the app; in the services directory, which knows no
+    /// health, when the app has answered its probe once. Returns only with an error. Safe to cancel; what was made
+    /// known by then stays until [`Publication::withdraw`].
+    pub(super) async fn begin(&mut self) -> Error {
+        let Some(Wanted { shared, workload }) = self.wanted.take() else { return pending().await };
+        let config = &shared.config;
+        let health = follow_app(&shared, workload.endpoint.address);
+        if let Some((client, settings)) = shared.consul.clone().zip(config.stores.consul.as_ref()) {
             let registration = Registration {
-                workload,
+                workload: workload.clone(),
                 weight: config.app.weight,
                 ttl: settings.ttl,
                 deregister_after: settings.deregister_after,
             };
-            let health = follow_app(shared, advertised, port);
-            consul::register(client, registration, health, fastrand::Rng::new())
-        });
-        Ok(Publication { file: file.transpose()?, consul })
+            self.consul = Some(consul::register(client, registration, health.clone(), fastrand::Rng::new()));
+        }
+        let Some(folder) = &config.stores.services else { return pending().await };
+        // The sender goes only after the last receiver.
+        let mut health = health;
+        let _answers = health.wait_for(|is_well| *is_well).await.is_ok();
+        drop(health);
+        match publish::publish(folder, &workload) {
+            Ok(published) => self.file = Some(published),
+            Err(error) => {
+                let place = format!("cannot publish this workload in {}", folder.display());
+                return Error::new(error).context(place);
+            }
+        }
+        pending().await
     }
 
     /// Takes the workload back everywhere.
     pub(super) async fn withdraw(self) {
-        if let Some(registered) = self.consul {
-            registered.withdraw().await;
-        }
+        // First, as nothing has to answer for it.
         if let Some(file) = self.file
             && let Err(error) = file.withdraw().await
         {
             tracing::warn!("this workload cannot be taken back: {error}");
         }
+        if let Some(registered) = self.consul {
+            registered.withdraw().await;
+        }
     }
 }
 
 /// Probes the app until nobody wants to know any more.
-fn follow_app(shared: &Arc<Shared>, advertised: IpAddr, port: u16) -> watch::Receiver<bool> {
+fn follow_app(shared: &Arc<Shared>, advertised: SocketAddr) -> watch::Receiver<bool> {
+    let port = advertised.port();
     let probe = shared.config.app.probe.clone();
     let (tell, told) = watch::channel(probe.kind == ProbeKind::None);
     let dialer = shared.app_dialer.clone();
@@ -102,7 +134,7 @@ fn follow_app(shared: &Arc<Shared>, advertised: IpAddr, port: u16) -> watch::Rec
         tokio::spawn(async move { tell.closed().await });
         return told;
     }
-    let addresses = [Ipv4Addr::LOCALHOST.into(), advertised, Ipv6Addr::LOCALHOST.into()]
+    let addresses = [Ipv4Addr::LOCALHOST.into(), advertised.ip(), Ipv6Addr::LOCALHOST.into()]
         .map(|ip| SocketAddr::new(ip, port));
     shared.tasks.spawn("probe of the app", async move {
         while !tell.is_closed() {

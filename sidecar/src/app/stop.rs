@@ -2,14 +2,15 @@
 //! time, until peers have heard; let inbound requests finish; then tell the command to stop, whose last calls still
 //! go out; at last outbound.
 
-use std::{net::SocketAddr, process::ExitStatus, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, process::ExitStatus, sync::Arc, thread::JoinHandle, time::Duration};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use nix::sys::signal::Signal;
 use tokio::{
+    net::TcpStream,
     signal::unix::{SignalKind, signal},
     sync::{Notify, mpsc},
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
 
 use super::{Drains, Shared, publication::Publication};
@@ -17,45 +18,91 @@ use crate::redirect::Namespace;
 
 /// How long the command may take to stop after its signal.
 const COMMAND_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the kernel may take to end a command that was killed.
+const KILL_PATIENCE: Duration = Duration::from_secs(1);
 /// How long connections may take to end that were told to abort: a turn of their worker.
 const ABORT_PATIENCE: Duration = Duration::from_secs(1);
 const ABORT_POLL: Duration = Duration::from_millis(5);
 /// How often a host's sidecar looks whether its app is gone.
 const APP_GONE_POLL: Duration = Duration::from_millis(200);
+/// What a shell says of a command that is not there, and of one that cannot be executed (POSIX, 2.8.2).
+const NOT_FOUND: u8 = 127;
+const NOT_EXECUTABLE: u8 = 126;
+const FAILED: u8 = 1;
 
 /// Why the sidecar ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum End {
-    /// A signal, or a drain over the admin socket.
-    Asked,
-    /// The command ended by itself, with this exit code.
+    /// A signal, or a drain over the admin socket. The command gets this signal.
+    Asked(Signal),
+    /// The command ended by itself or could not be started: with this exit code.
     Command(u8),
+    /// What the sidecar needs is not to be had.
+    Failed,
 }
 
-/// Runs until somebody asks for the end, or the command has ended.
+/// Starts the command, makes the workload known, and runs until somebody asks for the end, or the command has ended.
 pub(super) async fn running(
     command: Option<&Namespace>,
+    publication: &mut Publication,
     signals: &mut mpsc::Receiver<Signal>,
     drain_asked: &Notify,
-) -> Result<End> {
-    let Some(command) = command else {
-        asked(signals, drain_asked).await;
-        return Ok(End::Asked);
+) -> End {
+    let living = async {
+        if let Some(command) = command
+            && let Err(error) = command.start_command().await
+        {
+            tracing::error!("cannot start the command: {error}");
+            return End::Command(not_started(&error));
+        }
+        let ended = async {
+            match command {
+                Some(command) => End::Command(command.wait().await.map_or_else(
+                    |error| {
+                        tracing::error!("lost the command: {error}");
+                        FAILED
+                    },
+                    exit_code,
+                )),
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            end = ended => end,
+            error = publication.begin() => {
+                tracing::error!("{error:#}");
+                End::Failed
+            }
+        }
     };
-    command.start_command().await.context("cannot start the command")?;
     tokio::select! {
-        ended = command.wait() => Ok(End::Command(exit_code(ended.context("lost the command")?))),
-        () = asked(signals, drain_asked) => Ok(End::Asked),
+        end = living => end,
+        end = asked(signals, drain_asked) => end,
     }
 }
 
-pub(super) async fn asked(signals: &mut mpsc::Receiver<Signal>, drain_asked: &Notify) {
+/// Waits until somebody asks for the end.
+pub(super) async fn asked(signals: &mut mpsc::Receiver<Signal>, drain_asked: &Notify) -> End {
     tokio::select! {
-        signal = signals.recv() => tracing::info!(?signal, "asked to stop"),
-        () = drain_asked.notified() => tracing::info!("asked to stop over the admin socket"),
+        signal = signals.recv() => {
+            tracing::info!(?signal, "asked to stop");
+            End::Asked(signal.map_or(Signal::SIGTERM, for_the_command))
+        }
+        () = drain_asked.notified() => {
+            tracing::info!("asked to stop over the admin socket");
+            End::Asked(Signal::SIGTERM)
+        }
     }
 }
 
-/// Finishes what is under way. A second signal ends it at once.
+/// A command learns of Ctrl-C as such. SIGQUIT asks the sidecar for a drain, and would make a command dump its memory.
+fn for_the_command(signal: Signal) -> Signal {
+    if signal == Signal::SIGINT { signal } else { Signal::SIGTERM }
+}
+
+/// Finishes what is under way. A second signal ends it at once, and every wait has an end: that for the registry, the
+/// requests and the app of a host after settle time and drain timeout together, that for the command after
+/// [`COMMAND_PATIENCE`].
 pub(super) async fn drain(
     shared: &Arc<Shared>,
     drains: Drains,
@@ -66,24 +113,28 @@ pub(super) async fn drain(
 ) -> u8 {
     let Drains { inbound, outbound, workers } = drains;
     let times = &shared.config.drain;
+    let deadline = Instant::now() + times.settle + times.timeout;
     shared.conditions.serving.set(false);
     let orderly = async {
-        publication.withdraw().await;
-        if let End::Command(code) = end {
-            return code;
+        if timeout_at(deadline, publication.withdraw()).await.is_err() {
+            tracing::warn!("this workload could not be taken back in time; its registration runs out");
         }
-        sleep(times.settle).await;
-        let deadline = Instant::now() + times.timeout;
+        let stop_signal = match end {
+            End::Command(code) => return code,
+            End::Asked(signal) => signal,
+            End::Failed => Signal::SIGTERM,
+        };
+        sleep_until(deadline.min(Instant::now() + times.settle)).await;
         tracing::info!("draining: {:?}", inbound.finished(deadline).await);
         let code = match command {
-            Some(command) => stop_command(command).await,
+            Some(command) => stop_command(command, stop_signal).await,
             None => {
-                app_gone(shared, deadline).await;
+                let _left = timeout_at(deadline, app_gone(shared)).await;
                 0
             }
         };
         tracing::info!("the app's calls: {:?}", outbound.finished(deadline.max(Instant::now())).await);
-        code
+        if end == End::Failed { FAILED } else { code }
     };
     let code = tokio::select! {
         code = orderly => code,
@@ -92,12 +143,27 @@ pub(super) async fn drain(
             if let Some(command) = command {
                 command.signal(Signal::SIGKILL);
             }
-            1
+            FAILED
         }
     };
     cut_ones_gone(shared).await;
     workers.start();
     code
+}
+
+/// Waits for threads that were told to end; one that does not ends with the process.
+pub(super) async fn threads_gone(threads: Vec<JoinHandle<()>>) {
+    let deadline = Instant::now() + ABORT_PATIENCE;
+    while threads.iter().any(|thread| !thread.is_finished()) && Instant::now() < deadline {
+        sleep(ABORT_POLL).await;
+    }
+    for thread in threads {
+        if !thread.is_finished() {
+            tracing::error!("a worker does not end and is left behind");
+        } else if thread.join().is_err() {
+            tracing::error!("a worker ended with a panic");
+        }
+    }
 }
 
 /// Waits until the connections that were told to abort have ended, and with them their records.
@@ -113,28 +179,33 @@ async fn cut_ones_gone(shared: &Shared) {
     }
 }
 
-/// Asks the command to stop, and makes it.
-async fn stop_command(command: &Namespace) -> u8 {
-    command.signal(Signal::SIGTERM);
-    match timeout(COMMAND_PATIENCE, command.wait()).await {
-        Ok(Ok(status)) => exit_code(status),
-        Ok(Err(_)) => 1,
-        Err(_) => {
-            tracing::warn!("the command did not stop within {COMMAND_PATIENCE:?} and is killed");
-            command.signal(Signal::SIGKILL);
-            command.wait().await.map_or(1, exit_code)
-        }
+/// Asks the command to stop, and makes it. One that was never started ends as the signal would have ended it.
+async fn stop_command(command: &Namespace, signal: Signal) -> u8 {
+    if !command.is_begun() {
+        return 128 + signal as u8;
+    }
+    command.signal(signal);
+    if let Ok(ended) = timeout(COMMAND_PATIENCE, command.wait()).await {
+        return ended.map_or(FAILED, exit_code);
+    }
+    tracing::warn!("the command did not stop within {COMMAND_PATIENCE:?} and is killed");
+    command.signal(Signal::SIGKILL);
+    match timeout(KILL_PATIENCE, command.wait()).await {
+        Ok(ended) => ended.map_or(FAILED, exit_code),
+        Err(_) => FAILED,
     }
 }
 
-/// Waits until the app on this host is gone: its ports refuse connections and it has no connection open.
-async fn app_gone(shared: &Shared, deadline: Instant) {
+/// Waits until the app on this host is gone: its ports refuse connections and it has no connection open. An app that
+/// neither takes nor refuses a connection is there.
+async fn app_gone(shared: &Shared) {
     let open = || shared.config.limits.connections - shared.places.outbound_connections.available_permits();
-    while Instant::now() < deadline {
+    loop {
         let mut listens = false;
         for port in &shared.config.app.ports {
             let address = SocketAddr::from(([127, 0, 0, 1], *port));
-            listens |= tokio::net::TcpStream::connect(address).await.is_ok();
+            let connected = timeout(APP_GONE_POLL, TcpStream::connect(address)).await;
+            listens |= !matches!(connected, Ok(Err(_)));
         }
         if !listens && open() == 0 {
             return;
@@ -143,17 +214,25 @@ async fn app_gone(shared: &Shared, deadline: Instant) {
     }
 }
 
+fn not_started(error: &io::Error) -> u8 {
+    if error.kind() == io::ErrorKind::NotFound { NOT_FOUND } else { NOT_EXECUTABLE }
+}
+
 fn exit_code(status: ExitStatus) -> u8 {
     use std::os::unix::process::ExitStatusExt;
     let code = status.code().or(status.signal().map(|signal| 128 + signal)).unwrap_or(1);
     u8::try_from(code).unwrap_or(1)
 }
 
-pub(super) fn signals() -> Result<mpsc::Receiver<Signal>> {
+/// Begins to listen for signals. Those that ask for the end are told; those that mean the command go there, and `run`,
+/// which has none and watches all that it reads, goes on.
+pub(super) fn signals(command: Option<&Arc<Namespace>>) -> Result<mpsc::Receiver<Signal>> {
     let (tell, told) = mpsc::channel(4);
-    for (kind, name) in
-        [(SignalKind::terminate(), Signal::SIGTERM), (SignalKind::interrupt(), Signal::SIGINT)]
-    {
+    for (kind, name) in [
+        (SignalKind::terminate(), Signal::SIGTERM),
+        (SignalKind::interrupt(), Signal::SIGINT),
+        (SignalKind::quit(), Signal::SIGQUIT),
+    ] {
         let mut stream = signal(kind)?;
         let tell = tell.clone();
         tokio::spawn(async move {
@@ -164,5 +243,53 @@ pub(super) fn signals() -> Result<mpsc::Receiver<Signal>> {
             }
         });
     }
+    for (kind, name) in [
+        (SignalKind::hangup(), Signal::SIGHUP),
+        (SignalKind::user_defined1(), Signal::SIGUSR1),
+        (SignalKind::user_defined2(), Signal::SIGUSR2),
+        (SignalKind::window_change(), Signal::SIGWINCH),
+    ] {
+        let mut stream = signal(kind)?;
+        let command = command.cloned();
+        tokio::spawn(async move {
+            while stream.recv().await.is_some() {
+                match &command {
+                    Some(command) => command.signal(name),
+                    None => tracing::debug!("{name} asks for nothing: services and policies are watched"),
+                }
+            }
+        });
+    }
     Ok(told)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_that_does_not_start_ends_as_in_a_shell() {
+        use nix::errno::Errno;
+        for (errno, code) in [
+            (Errno::ENOENT, 127),
+            (Errno::EACCES, 126),
+            (Errno::ENOEXEC, 126),
+            (Errno::EISDIR, 126),
+            (Errno::ENOTDIR, 126),
+            (Errno::E2BIG, 126),
+        ] {
+            assert_eq!(not_started(&io::Error::from_raw_os_error(errno as i32)), code, "{errno}");
+        }
+    }
+
+    #[test]
+    fn the_command_is_asked_as_we_were_but_not_to_dump_its_memory() {
+        for (signal, expected) in [
+            (Signal::SIGTERM, Signal::SIGTERM),
+            (Signal::SIGINT, Signal::SIGINT),
+            (Signal::SIGQUIT, Signal::SIGTERM),
+        ] {
+            assert_eq!(for_the_command(signal), expected);
+        }
+    }
 }

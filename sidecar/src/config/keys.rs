@@ -193,7 +193,7 @@ pub const KEYS: &[Key] = &[
         "Limits",
         "max-connections",
         "COUNT",
-        "Connections per direction; more are closed at once [default: 20000]",
+        "Connections per direction; more are closed at once [default: 20000, or what fits the limit of files]",
     ),
     one("Limits", "max-requests", "COUNT", "Requests at a time per direction; more get 503 [default: 10000]"),
     one("Limits", "header-bytes", "BYTES", "Bytes of a request's head [default: 65536]"),
@@ -209,7 +209,12 @@ pub const KEYS: &[Key] = &[
     ),
     one("Drain", "drain-timeout", "TIME", "Longest wait for requests in flight [default: 30s]"),
     one("Output", "access-log", "WHICH", "off, failures, all [default: failures]"),
-    one("Output", "access-log-file", "FILE", "Where access log lines go [default: standard output]"),
+    one(
+        "Output",
+        "access-log-file",
+        "FILE",
+        "Where access log lines go [default: standard output, of exec standard error]",
+    ),
     one(
         "Output",
         "propagate-unsampled",

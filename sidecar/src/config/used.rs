@@ -45,7 +45,7 @@ pub struct Config {
     pub access_log: AccessLogMode,
     /// Is it passed on that a trace which begins here is not recorded?
     pub propagate_unsampled: bool,
-    /// Where access log lines go; none: standard output.
+    /// Where access log lines go; none: standard output, of `exec` standard error.
     pub access_log_file: Option<PathBuf>,
     /// Filter of the sidecar's own log.
     pub log: String,
@@ -171,7 +171,7 @@ pub struct Ports {
 pub struct Limits {
     /// Threads that carry traffic.
     pub workers: usize,
-    /// Connections per direction.
+    /// Connections per direction, as many as the limit of open files allows.
     pub connections: usize,
     /// Requests at a time per direction.
     pub requests: usize,

@@ -13,8 +13,13 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, ExitStatus},
-    sync::Arc,
-    thread::{self, JoinHandle},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    thread,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -38,6 +43,9 @@ use super::{
     stock::Stock,
 };
 use crate::telemetry::Metrics;
+
+/// How long the end of the helper is waited for: it gives the command two seconds.
+const END_PATIENCE: Duration = Duration::from_secs(4);
 
 /// How a namespace is made.
 #[derive(Debug, Clone)]
@@ -98,7 +106,8 @@ pub struct Listeners {
 pub struct Namespace {
     shared: Arc<Shared>,
     progress: watch::Receiver<Progress>,
-    reader: Option<JoinHandle<()>>,
+    /// Hears nothing, and that the reader has ended. Never locked: whoever drops this has it alone.
+    reader: Mutex<mpsc::Receiver<()>>,
 }
 
 #[derive(Debug)]
@@ -107,6 +116,7 @@ struct Shared {
     /// IPv4, IPv6.
     stocks: [Stock; 2],
     metrics: Arc<Metrics>,
+    is_begun: AtomicBool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -143,14 +153,19 @@ impl Namespace {
             socket,
             stocks: [Stock::new(), Stock::new()],
             metrics: settings.metrics.clone(),
+            is_begun: AtomicBool::new(false),
         });
         let (progress, receiver) = watch::channel(Progress::Prepared);
         let for_reader = Arc::clone(&shared);
-        let reader = thread::Builder::new()
+        let (reads, reader) = mpsc::channel();
+        thread::Builder::new()
             .name("namespace".to_owned())
-            .spawn(move || for_reader.read(&progress, helper))
+            .spawn(move || {
+                for_reader.read(&progress, helper);
+                drop(reads);
+            })
             .context("cannot start a thread")?;
-        Ok((Namespace { shared, progress: receiver, reader: Some(reader) }, listeners))
+        Ok((Namespace { shared, progress: receiver, reader: Mutex::new(reader) }, listeners))
     }
 
     /// Starts the command.
@@ -158,6 +173,7 @@ impl Namespace {
     /// # Errors
     /// What the kernel said to it, such as `NotFound`.
     pub async fn start_command(&self) -> io::Result<()> {
+        self.shared.is_begun.store(true, Ordering::Relaxed);
         self.shared.say(&ToHelper::Start)?;
         match self.when(|now| now != Progress::Prepared).await {
             Progress::NotStarted(errno) => Err(io::Error::from_raw_os_error(errno)),
@@ -174,6 +190,11 @@ impl Namespace {
         let ask = |count| self.shared.say(&ToHelper::MakeSockets { ipv6, count });
         let socket = self.shared.stocks[usize::from(ipv6)].take(ask).await?;
         Ok(TcpSocket::from_std_stream(TcpStream::from(socket)))
+    }
+
+    /// Was the command started, or tried to?
+    pub fn is_begun(&self) -> bool {
+        self.shared.is_begun.load(Ordering::Relaxed)
     }
 
     /// Sends a signal to the command. Nothing happens if it does not run.
@@ -205,8 +226,9 @@ impl Namespace {
 impl Drop for Namespace {
     fn drop(&mut self) {
         let _ = shutdown(self.shared.socket.as_raw_fd(), Shutdown::Both);
-        if let Some(reader) = self.reader.take() {
-            let _ = reader.join();
+        // A helper whose command cannot be ended, as it waits for a device, ends some time later.
+        if let Ok(reader) = self.reader.get_mut() {
+            let _ = reader.recv_timeout(END_PATIENCE);
         }
     }
 }

@@ -11,7 +11,7 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
 };
 
@@ -27,7 +27,7 @@ use nix::{
         signalfd::{SfdFlags, SignalFd},
         wait::{WaitPidFlag, WaitStatus, waitpid},
     },
-    unistd::{Pid, getegid, geteuid},
+    unistd::{Pid, dup2_stdout, getegid, geteuid},
 };
 use socket2::{Domain, Protocol, Socket, Type};
 use weft_proto::names;
@@ -176,10 +176,16 @@ impl Helper {
             ToHelper::Start if self.process.is_none() => match self.start_command() {
                 Ok(process) => {
                     self.process = Some(process);
+                    // Its reader sees the end when the command closes it. Without standard error it stays open.
+                    let _ = dup2_stdout(io::stderr());
                     self.say(&FromHelper::Started)?;
                 }
                 Err(error) => {
                     let errno = error.raw_os_error().unwrap_or(Errno::EIO as i32);
+                    // The kernel says so too of a folder of the PATH that this user may not search.
+                    let nowhere =
+                        errno == Errno::EACCES as i32 && self.command.first().is_some_and(is_nowhere);
+                    let errno = if nowhere { Errno::ENOENT as i32 } else { errno };
                     self.say(&FromHelper::NotStarted { errno })?;
                 }
             },
@@ -299,6 +305,13 @@ impl Helper {
         let received = namespace::receive(self.socket.as_fd())?;
         Ok(received.map(|received| parse(&received)).transpose()?)
     }
+}
+
+/// Is this a name that no folder of the PATH has?
+fn is_nowhere(program: &OsString) -> bool {
+    let has = |folder: PathBuf| folder.join(program).symlink_metadata().is_ok();
+    let is_path = program.as_bytes().contains(&b'/');
+    !is_path && env::var_os("PATH").is_some_and(|path| !env::split_paths(&path).any(has))
 }
 
 /// The children of this process, if there are any (proc(5): `/proc/PID/task/TID/children`).

@@ -33,6 +33,8 @@ use crate::config::AccessLogMode;
 pub enum AccessLogTarget {
     /// The standard output of the sidecar.
     Stdout,
+    /// Its standard error, as the command of `exec` has the standard output.
+    Stderr,
     /// The end of this file, made with mode 0640 where it is missing.
     File(PathBuf),
 }
@@ -123,6 +125,7 @@ impl AccessLog {
         // Not the standard library's own stdout: what it keeps of a line that failed would be written later.
         let (output, is_torn) = match target {
             AccessLogTarget::Stdout => (File::from(io::stdout().as_fd().try_clone_to_owned()?), false),
+            AccessLogTarget::Stderr => (File::from(io::stderr().as_fd().try_clone_to_owned()?), false),
             AccessLogTarget::File(path) => open_file(path).map_err(|error| {
                 io::Error::new(error.kind(), format!("access log {}: {error}", path.display()))
             })?,

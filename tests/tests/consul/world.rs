@@ -50,7 +50,7 @@ pub fn start_sidecar(mesh: &Mesh, pod: &Pod, service: &str, consul: &str, flags:
     fs::create_dir_all(&none).expect("an empty folder");
     fs::set_permissions(&none, fs::Permissions::from_mode(0o777)).expect("its mode");
     let none = none.display().to_string();
-    let own = ["--services-dir", &none, "--publish", "false", "--consul", consul];
+    let own = ["--services-dir", &none, "--publish", "false", "--consul", consul, "--probe", "tcp"];
     let own = own.chunks(2).filter(|pair| !flags.contains(&pair[0])).flatten().copied();
     let flags: Vec<&str> = own.chain(flags.iter().copied()).collect();
     mesh.start_sidecar(pod, service, &flags, &[])
