@@ -127,8 +127,9 @@ fn attached_to(header: &libc::msghdr) -> Vec<OwnedFd> {
     while let Some(about) = unsafe { message.as_ref() } {
         if (about.cmsg_level, about.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
             // SAFETY: computes a number.
-            let head = unsafe { libc::CMSG_LEN(0) } as usize;
-            let count = (about.cmsg_len as usize).saturating_sub(head) / mem::size_of::<RawFd>();
+            let head = u64::from(unsafe { libc::CMSG_LEN(0) });
+            // Of another type in another C library.
+            let count = (about.cmsg_len as u64).saturating_sub(head) as usize / mem::size_of::<RawFd>();
             for at in 0..count {
                 // SAFETY: the length says that so many numbers stand there, and the kernel has just opened these
                 // descriptors for us: nobody else knows them.
