@@ -71,7 +71,7 @@ fn an_app_that_is_not_there_yet_is_not_handed_out() {
 
     fs::write(&go, "").expect("a file");
     until("the app of exec is handed out", || is_published("late"));
-    let _app = host.start(&peer.display().to_string(), &["app", "127.0.0.1:8080"]);
+    let _app = host.start(peer.display().to_string(), &["app", "127.0.0.1:8080"]);
     until("the app of the host is handed out", || is_published("later"));
 }
 
