@@ -39,11 +39,25 @@ pub enum WhenFull {
     Wait,
 }
 
-/// Accepts connections and runs `handle` for each in a task of its own, until `stop` begins.
+/// Accepts connections and runs `handle` for each in a task of its own, until `stop` begins. A connection over
+/// the cap is closed at once rather than left waiting.
 pub async fn accept<Handle, Handling>(
     listener: TcpListener,
     places: Arc<Semaphore>,
-    when_full: WhenFull,
+    stop: Draining,
+    tell: impl Fn(Incident) + Clone + Send + 'static,
+    handle: Handle,
+) where
+    Handle: Fn(TcpStream, SocketAddr) -> Handling,
+    Handling: Future<Output = ()> + Send + 'static,
+{
+    accept_within(listener, (places, WhenFull::Refuse), stop, tell, handle).await;
+}
+
+/// The same where the cap comes with what becomes of a connection over it.
+pub async fn accept_within<Handle, Handling>(
+    listener: TcpListener,
+    (places, when_full): (Arc<Semaphore>, WhenFull),
     mut stop: Draining,
     tell: impl Fn(Incident) + Clone + Send + 'static,
     handle: Handle,

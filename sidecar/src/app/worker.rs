@@ -52,10 +52,9 @@ async fn carry(shared: &Arc<Shared>, listeners: Listeners, delivery: Delivery, d
     for listener in taken_over(listeners.inbound) {
         let (story, draining) = (inbound.clone(), inbound_draining.clone());
         let connection_draining = draining.clone();
-        loops.spawn(serve::accept(
+        loops.spawn(serve::accept_within(
             listener,
-            shared.places.inbound_connections.clone(),
-            shared.places.when_full,
+            (shared.places.inbound_connections.clone(), shared.places.when_full),
             draining,
             tell(shared, Direction::Inbound, pools.clone()),
             move |stream, client| story.clone().connection(stream, client, connection_draining.clone()),
@@ -64,10 +63,9 @@ async fn carry(shared: &Arc<Shared>, listeners: Listeners, delivery: Delivery, d
     for listener in taken_over(listeners.outbound) {
         let (story, draining) = (outbound.clone(), outbound_draining.clone());
         let connection_draining = draining.clone();
-        loops.spawn(serve::accept(
+        loops.spawn(serve::accept_within(
             listener,
-            shared.places.outbound_connections.clone(),
-            shared.places.when_full,
+            (shared.places.outbound_connections.clone(), shared.places.when_full),
             draining,
             tell(shared, Direction::Outbound, pools.clone()),
             move |stream, client| story.clone().connection(stream, client, connection_draining.clone()),
