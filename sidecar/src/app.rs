@@ -15,7 +15,7 @@ mod tasks;
 mod views;
 mod worker;
 
-use std::{ffi::OsString, path::Path, process::ExitCode, sync::Arc};
+use std::{ffi::OsString, net::IpAddr, path::Path, process::ExitCode, sync::Arc};
 
 pub use check::check;
 
@@ -85,6 +85,8 @@ struct Shared {
     consul: Option<Arc<consul::Client>>,
     virtual_addresses: Arc<VirtualAddresses>,
     upstreams: Arc<Upstreams>,
+    /// The address that peers dial.
+    advertised: IpAddr,
     /// How the app is reached.
     app_dialer: Dialer,
     tasks: Arc<Tasks>,

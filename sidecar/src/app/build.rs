@@ -45,8 +45,6 @@ pub(super) struct Sockets {
     pub(super) admin_socket: UnixListener,
     pub(super) admin_socket_file: SocketFile,
     pub(super) delivery: Delivery,
-    /// The address that peers dial.
-    pub(super) advertised: IpAddr,
 }
 
 /// The file of the admin socket, which goes with the sidecar, however it ends.
@@ -144,6 +142,7 @@ impl Parts {
             registry_status,
             consul,
             upstreams,
+            advertised,
             app_dialer,
             tasks: Arc::default(),
             config,
@@ -261,7 +260,6 @@ fn host_sockets(
         admin_socket,
         admin_socket_file,
         delivery: delivery(config, policies, Meaning::Redirected, addresses),
-        advertised,
     })
 }
 
@@ -299,7 +297,6 @@ fn namespace_sockets(
         admin_socket,
         admin_socket_file,
         delivery: delivery(config, policies, Meaning::Listener, vec![advertised]),
-        advertised,
     })
 }
 

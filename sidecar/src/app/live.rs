@@ -40,7 +40,6 @@ impl Parts {
             admin_socket,
             admin_socket_file: _removed_at_the_end,
             delivery,
-            advertised,
         } = sockets;
         let (tasks, stop) = (shared.tasks.clone(), drain_asked.clone());
         tokio::spawn(async move {
@@ -79,7 +78,7 @@ impl Parts {
         let end = match early {
             Some(end) => end,
             None => {
-                publication = Publication::of(&shared, advertised);
+                publication = Publication::of(&shared);
                 running(command.as_deref(), &mut publication, &mut signals, &drain_asked).await
             }
         };

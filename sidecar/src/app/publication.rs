@@ -54,7 +54,7 @@ impl Publication {
     }
 
     /// The workload, to be made known wherever the settings say. Nothing where it has no port.
-    pub(super) fn of(shared: &Arc<Shared>, advertised: IpAddr) -> Publication {
+    pub(super) fn of(shared: &Arc<Shared>) -> Publication {
         let config = &shared.config;
         let Some(port) = config.app.ports.first().copied().filter(|_| config.stores.publish) else {
             return Publication::none();
@@ -65,7 +65,7 @@ impl Publication {
             version: config.app.version.as_deref().map(Into::into),
             tags: config.app.tags.iter().map(|tag| tag.as_str().into()).collect(),
             weight: config.app.weight.unwrap_or(DEFAULT_WEIGHT),
-            ..Endpoint::at((advertised, port).into())
+            ..Endpoint::at((shared.advertised, port).into())
         };
         let workload = Workload {
             service: config.own.service.clone(),
@@ -122,6 +122,11 @@ impl Publication {
     }
 }
 
+/// Where an app may listen that is asked whether it is there, in the order in which it is asked.
+pub(super) fn app_addresses(advertised: IpAddr, port: u16) -> [SocketAddr; 3] {
+    [Ipv4Addr::LOCALHOST.into(), advertised, Ipv6Addr::LOCALHOST.into()].map(|ip| SocketAddr::new(ip, port))
+}
+
 /// Probes the app until nobody wants to know any more.
 fn follow_app(shared: &Arc<Shared>, advertised: SocketAddr) -> watch::Receiver<bool> {
     let port = advertised.port();
@@ -134,8 +139,7 @@ fn follow_app(shared: &Arc<Shared>, advertised: SocketAddr) -> watch::Receiver<b
         tokio::spawn(async move { tell.closed().await });
         return told;
     }
-    let addresses = [Ipv4Addr::LOCALHOST.into(), advertised.ip(), Ipv6Addr::LOCALHOST.into()]
-        .map(|ip| SocketAddr::new(ip, port));
+    let addresses = app_addresses(advertised.ip(), port);
     shared.tasks.spawn("probe of the app", async move {
         while !tell.is_closed() {
             let answered = answers(&dialer, &addresses, &probe.kind).await;

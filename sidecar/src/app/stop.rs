@@ -2,7 +2,7 @@
 //! time, until peers have heard; let inbound requests finish; then tell the command to stop, whose last calls still
 //! go out; at last outbound.
 
-use std::{io, net::SocketAddr, process::ExitStatus, sync::Arc, thread::JoinHandle, time::Duration};
+use std::{io, process::ExitStatus, sync::Arc, thread::JoinHandle, time::Duration};
 
 use anyhow::Result;
 use nix::sys::signal::Signal;
@@ -13,7 +13,10 @@ use tokio::{
     time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
 
-use super::{Drains, Shared, publication::Publication};
+use super::{
+    Drains, Shared,
+    publication::{Publication, app_addresses},
+};
 use crate::redirect::Namespace;
 
 /// How long the command may take to stop after its signal.
@@ -196,16 +199,17 @@ async fn stop_command(command: &Namespace, signal: Signal) -> u8 {
     }
 }
 
-/// Waits until the app on this host is gone: its ports refuse connections and it has no connection open. An app that
-/// neither takes nor refuses a connection is there.
+/// Waits until the app on this host is gone: its ports refuse connections, wherever it may listen, and it has no
+/// connection open. An app that neither takes nor refuses a connection is there.
 async fn app_gone(shared: &Shared) {
     let open = || shared.config.limits.connections - shared.places.outbound_connections.available_permits();
     loop {
         let mut listens = false;
         for port in &shared.config.app.ports {
-            let address = SocketAddr::from(([127, 0, 0, 1], *port));
-            let connected = timeout(APP_GONE_POLL, TcpStream::connect(address)).await;
-            listens |= !matches!(connected, Ok(Err(_)));
+            for address in app_addresses(shared.advertised, *port) {
+                let connected = timeout(APP_GONE_POLL, TcpStream::connect(address)).await;
+                listens |= !matches!(connected, Ok(Err(_)));
+            }
         }
         if !listens && open() == 0 {
             return;

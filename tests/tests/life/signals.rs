@@ -2,7 +2,7 @@
 //! `exec` and leave `run` as it is. And every wait of a drain has an end.
 
 use std::{
-    net::{SocketAddr, TcpStream},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
     time::Duration,
 };
 
@@ -94,6 +94,28 @@ fn an_app_that_takes_no_connection_does_not_hold_a_drain() {
     let mut run = mesh.sidecar(&pod, "orders", &["--port", "8080", "--drain-timeout", "2s"]);
     run.process.signal(Signal::SIGTERM);
     assert_eq!(run.process.wait().code(), Some(0), "{}", run.process.log());
+}
+
+/// Its last calls go out, so the sidecar stays as long as its app is there.
+#[test]
+fn a_drain_waits_for_an_app_wherever_it_listens() {
+    if !can_run(&NEEDS) {
+        return;
+    }
+    let mesh = Mesh::new();
+    let places = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
+    for (number, place) in places.into_iter().map(Some).chain([None]).enumerate() {
+        let pod = mesh.network.pod(&format!("pod-{number}"));
+        let address = SocketAddr::new(place.unwrap_or_else(|| pod.ipv4()), 8080);
+        let app = pod.inside(|| TcpListener::bind(address).expect("the app's port"));
+        let mut run = mesh.sidecar(&pod, "orders", &["--port", "8080"]);
+        run.process.signal(Signal::SIGTERM);
+        run.process.wait_for_line("draining");
+        (0..5).for_each(|_| pause());
+        assert!(!run.process.has_ended(), "{address}:\n{}", run.process.log());
+        drop(app);
+        assert_eq!(run.process.wait().code(), Some(0), "{address}:\n{}", run.process.log());
+    }
 }
 
 #[test]
