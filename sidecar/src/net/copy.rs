@@ -10,7 +10,7 @@ use std::{
 
 use futures_util::future::{Either, select};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, split},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf, split},
     time::timeout,
 };
 
@@ -24,6 +24,8 @@ const BUFFER: usize = 16 * 1024;
 const BULK: usize = 256 * 1024;
 /// After so long without a byte a direction is back at the first size.
 const BURST_OVER: Duration = Duration::from_secs(1);
+/// An end that the other side's reset has overtaken is here within this time.
+const OVERTAKEN: Duration = Duration::from_millis(50);
 
 /// What ended the copying before both sides had ended.
 #[derive(Debug)]
@@ -49,7 +51,8 @@ pub enum BrokenSide {
 /// stream to the second and back, as they flow.
 ///
 /// A reset after one side has ended is no error, though it is passed on: that is how a program closes a connection
-/// on which something came that it did not read, as servers of TLS do with the last alert of their clients.
+/// on which something came that it did not read, as servers of TLS do with the last alert of their clients. The reset
+/// may overtake that end.
 ///
 /// # Errors
 /// The first error of either direction.
@@ -64,18 +67,29 @@ pub async fn copy_both_ways(
     reset(&second);
     let (mut first_read, mut first_write) = split(first);
     let (mut second_read, mut second_write) = split(second);
-    let was_reset = {
+    let ended = {
         let forth = pin!(copy_one_way((&mut first_read, First), (&mut second_write, Second), forth));
         let back = pin!(copy_one_way((&mut second_read, Second), (&mut first_write, First), back));
         let (ended, other) = match select(forth, back).await {
             Either::Left((ended, back)) => (ended, Either::Left(back)),
             Either::Right((ended, forth)) => (ended, Either::Right(forth)),
         };
-        ended?;
-        match other.await {
-            Err(broken) if !is_reset(&broken.error) => return Err(broken),
-            ended => ended.is_err(),
+        match ended {
+            Ok(()) => Ok(other.await),
+            Err(broken) => Err(broken),
         }
+    };
+    let was_reset = match ended {
+        Ok(Ok(())) => false,
+        Ok(Err(broken)) if is_reset(&broken.error) => true,
+        Err(broken) if is_reset(&broken.error) => {
+            let other = if broken.side == First { &mut second_read } else { &mut first_read };
+            if !Box::pin(ends_now(other)).await {
+                return Err(broken);
+            }
+            true
+        }
+        Ok(Err(broken)) | Err(broken) => return Err(broken),
     };
     if !was_reset {
         close_cleanly(&first_read.unsplit(first_write));
@@ -88,6 +102,21 @@ pub async fn copy_both_ways(
 fn is_reset(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected};
     matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected)
+}
+
+/// Does a stream end within a moment? What it still says has nowhere to go.
+async fn ends_now(from: &mut (impl AsyncRead + Unpin)) -> bool {
+    let reading = async {
+        let mut lost = [0; 1024];
+        loop {
+            match from.read(&mut lost).await {
+                Ok(0) => return true,
+                Ok(_) => {}
+                Err(_) => return false,
+            }
+        }
+    };
+    timeout(OVERTAKEN, Box::pin(reading)).await.unwrap_or(false)
 }
 
 async fn copy_one_way(
@@ -168,7 +197,6 @@ mod tests {
     }
 
     async fn read_to_end(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
-        use tokio::io::AsyncReadExt;
         let mut all = Vec::new();
         stream.read_to_end(&mut all).await.map(|_| all)
     }
@@ -184,7 +212,6 @@ mod tests {
             |count| back.set(back.get() + count),
         );
         let talking = async {
-            use tokio::io::AsyncReadExt;
             client.write_all(b"question").await.unwrap();
             server.read_exact(&mut [0; 8]).await.unwrap();
             server.write_all(b"answer").await.unwrap();
@@ -217,6 +244,23 @@ mod tests {
             let (copied, seen) = tokio::join!(copying, talking);
             copied.unwrap();
             assert_eq!(seen.kind(), io::ErrorKind::ConnectionReset, "{client_ends}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_reset_that_overtakes_the_end_of_the_other_side_is_no_failure() {
+        for client_ends in [true, false] {
+            let ((client, first), (server, second)) = (pair().await, pair().await);
+            let (mut ends, resets) = if client_ends { (client, server) } else { (server, client) };
+            reset_at_close(&resets);
+            drop(resets);
+            let ending = async {
+                ends.write_all(b"bye").await.unwrap();
+                tokio::task::yield_now().await;
+                ends.shutdown().await.unwrap();
+            };
+            let (copied, ()) = tokio::join!(copy_both_ways(first, second, |_| {}, |_| {}), ending);
+            copied.unwrap();
         }
     }
 
