@@ -136,6 +136,7 @@ fn endpoints(first: u32, count: u32) -> Vec<Endpoint> {
 /// 1,000 services with 10 endpoints each.
 fn directory() -> Directory {
     let service = |number: u32| Service {
+        is_identity_unreadable: false,
         name: format!("service-{number}").parse().expect("a name"),
         protocol: None,
         identities: Vec::new(),

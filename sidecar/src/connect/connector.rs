@@ -138,8 +138,9 @@ impl Connector {
 
 fn plaintext_forbidden(address: SocketAddr) -> Failed {
     let detail = format!(
-        "{address}: nobody says which identity to expect there, and plaintext is forbidden (--outbound-mtls, or \
-         `outbound_mutual_tls` of its policy); is its sidecar registered, or should its policy name `identities`?"
+        "{address}: nobody says which identity to expect there, and plaintext is forbidden (by --outbound-mtls, by \
+         `outbound_mutual_tls` of its policy, or as an identity in the registry cannot be read: the log names it); is \
+         its sidecar registered, or should its policy name `identities`?"
     );
     Failed::new(Failure::PlaintextForbidden, detail)
 }

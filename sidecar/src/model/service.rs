@@ -22,6 +22,8 @@ pub struct Service {
     pub protocol: Option<Protocol>,
     /// Whom a client expects to meet. Empty: not a mesh service, called in plaintext.
     pub identities: Vec<SpiffeId>,
+    /// The registry says whom to expect, but cannot be understood: never called in plaintext all the same.
+    pub is_identity_unreadable: bool,
     /// Addresses that mean the service as a whole (a ClusterIP).
     pub addresses: Vec<SocketAddr>,
     /// Where it runs: sorted by address, each once.
@@ -49,6 +51,7 @@ impl Service {
             name,
             protocol: None,
             identities: Vec::new(),
+            is_identity_unreadable: false,
             addresses: Vec::new(),
             endpoints: Vec::new(),
             registered: Registered::Yes,

@@ -55,6 +55,7 @@ impl Known {
         let expected = if policy.identities.is_empty() { &service.identities } else { &policy.identities };
         let security = match (expected.is_empty(), policy.outbound_mutual_tls) {
             (false, _) => Security::Mesh(expected[..].into()),
+            (true, _) if service.is_identity_unreadable => Security::Forbidden,
             (true, MutualTls::Permissive) => Security::Plain,
             (true, MutualTls::Strict) => Security::Forbidden,
         };

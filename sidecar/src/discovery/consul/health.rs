@@ -56,6 +56,10 @@ pub(super) struct Reading {
     pub(super) instances: Vec<Instance>,
     /// Instances that are there and cannot be read.
     pub(super) unreadable: HashSet<InstanceKey>,
+    /// The identities that they state.
+    pub(super) identities: Vec<SpiffeId>,
+    /// One of them states identities that cannot be read either.
+    pub(super) is_identity_unreadable: bool,
     /// For the log; bounded.
     pub(super) mistakes: Vec<String>,
 }
@@ -156,7 +160,16 @@ pub(super) fn read(name: &ServiceName, body: &[u8]) -> Result<Reading, Error> {
     for (at, entry) in entries.0.into_iter().enumerate() {
         match read_entry(name, entry.get(), &mut words) {
             Ok(instance) => reading.instances.push(instance),
-            Err((key, why)) => {
+            Err((key, mut why)) => {
+                match stated_identities(entry.get()) {
+                    Ok(identities) => reading.identities.extend(identities),
+                    Err(of_identities) => {
+                        reading.is_identity_unreadable = true;
+                        if of_identities != why {
+                            why = format!("{why}; {of_identities}");
+                        }
+                    }
+                }
                 if reading.mistakes.len() < MAX_MISTAKES {
                     let place = match &key {
                         Some((node, id)) => {
@@ -192,6 +205,30 @@ fn read_entry(
             Err((key, if path == "." { inner } else { format!("`{path}`: {inner}") }))
         }
     }
+}
+
+/// What an entry says of the service's identities, whatever else may be wrong with it: an instance that is left out
+/// must not take them along, or the service is called in plaintext.
+#[derive(Deserialize)]
+struct Stated<'a> {
+    #[serde(rename = "Service", borrow)]
+    service: StatedService<'a>,
+}
+
+#[derive(Deserialize)]
+struct StatedService<'a> {
+    #[serde(rename = "Meta", default, borrow)]
+    meta: Option<HashMap<String, &'a RawValue>>,
+}
+
+/// The identities of an entry that cannot be read. None are stated only where that is certain.
+fn stated_identities(text: &str) -> Result<Vec<SpiffeId>, String> {
+    let unreadable = |_| format!("nor can its `{}` be read", names::META_IDENTITY);
+    let entry: Stated<'_> = serde_json::from_str(text).map_err(unreadable)?;
+    let mut meta = entry.service.meta.unwrap_or_default();
+    let Some(stated) = meta.remove(names::META_IDENTITY) else { return Ok(Vec::new()) };
+    let stated: Option<String> = serde_json::from_str(stated.get()).map_err(unreadable)?;
+    identities(&stated.unwrap_or_default())
 }
 
 /// The text at `outer.inner` of an entry whose other members may be anything.
@@ -320,6 +357,9 @@ fn identities(text: &str) -> Result<Vec<SpiffeId>, String> {
         return Err(format!("`{}` has {} ids; at most {MAX_IDENTITIES}", names::META_IDENTITY, parts.len()));
     }
     let expected = "SPIFFE ids such as spiffe://weft.local/ns/shop/sa/orders, separated by commas";
+    if parts.is_empty() && !text.is_empty() {
+        return Err(format!("`{}` is {:?}; expected {expected}", names::META_IDENTITY, short(text)));
+    }
     parts.into_iter().map(|part| value(names::META_IDENTITY, part, expected)).collect()
 }
 
@@ -529,6 +569,44 @@ mod tests {
             assert!(mistake.starts_with(&format!("service `orders`, {place}")), "{mistake}");
             assert!(mistake.contains(expected) && mistake.len() < 600, "{mistake}");
             assert_eq!((reading.instances.len(), reading.unreadable.len()), (2, 1), "{mistake}");
+        }
+    }
+
+    #[test]
+    fn identities_of_what_cannot_be_read_are_not_lost() {
+        let identity = "spiffe://d/ns/default/sa/orders";
+        let with = |place: &str, value: Value, meta: Value| {
+            let mut bad = entry("bad", "10.1.0.2", 80);
+            bad["Service"]["Meta"] = meta;
+            *bad.pointer_mut(place).unwrap() = value;
+            bad
+        };
+        let stated = || json!({"weft-identity": identity, "weft-zone": "z"});
+        for (bad, identities, is_identity_unreadable) in [
+            (with("/Service/Port", json!(0), stated()), 1, false),
+            (with("/Service/Port", json!("80"), stated()), 1, false),
+            (with("/Service/Tags", json!({"a": 1}), stated()), 1, false),
+            (with("/Node", json!(null), stated()), 1, false),
+            (with("/Checks", json!("none"), stated()), 1, false),
+            (with("/Service/Meta/weft-zone", json!(7), stated()), 1, false),
+            // Malformed, in an entry that can be read otherwise, and in those that cannot.
+            (with("/Service/Meta/weft-identity", json!("orders"), stated()), 0, true),
+            (with("/Service/Meta/weft-identity", json!(" ,"), stated()), 0, true),
+            (with("/Service/Meta/weft-identity", json!([identity]), stated()), 0, true),
+            (with("/Service/Port", json!(0), json!({"weft-identity": "orders"})), 0, true),
+            (with("/Service/Tags", json!(7), json!({"weft-identity": "orders"})), 0, true),
+            (with("/Service/Meta", json!("none"), json!({})), 0, true),
+            (with("/Service", json!("none"), json!({})), 0, true),
+            // It has none, for certain.
+            (with("/Service/Port", json!(0), json!(null)), 0, false),
+            (with("/Service/Tags", json!(7), json!({"weft-identity": ""})), 0, false),
+        ] {
+            let reading = read_it(&json!([entry("good", "10.1.0.3", 80), bad])).unwrap();
+            assert_eq!((reading.instances.len(), reading.unreadable.len()), (1, 1), "{bad}");
+            let found = (reading.identities.len(), reading.is_identity_unreadable);
+            assert_eq!(found, (identities, is_identity_unreadable), "{bad}");
+            let told = reading.mistakes[0].contains("weft-identity");
+            assert!(!is_identity_unreadable || told, "{:?}", reading.mistakes);
         }
     }
 

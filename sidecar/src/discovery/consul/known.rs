@@ -10,6 +10,7 @@ use std::{
 };
 
 use tokio::time::Instant;
+use weft_proto::spiffe::SpiffeId;
 
 use super::health::{Instance, InstanceKey, MAX_INSTANCES, Reading};
 use crate::model::{Endpoint, Registered, Service, ServiceName};
@@ -26,6 +27,10 @@ pub(super) struct Known {
     kept: BTreeMap<InstanceKey, Kept>,
     /// Instances that are registered, as the last answer had it, and cannot be read.
     unreadable: usize,
+    /// The identities that they state: they are the service's too.
+    identities: Vec<SpiffeId>,
+    /// One of them states identities that cannot be read either.
+    is_identity_unreadable: bool,
 }
 
 #[derive(Debug)]
@@ -37,7 +42,14 @@ struct Kept {
 
 impl Known {
     pub(super) fn new(name: ServiceName) -> Self {
-        Known { name, instances: BTreeMap::new(), kept: BTreeMap::new(), unreadable: 0 }
+        Known {
+            name,
+            instances: BTreeMap::new(),
+            kept: BTreeMap::new(),
+            unreadable: 0,
+            identities: Vec::new(),
+            is_identity_unreadable: false,
+        }
     }
 
     /// Is nothing known, or nothing left?
@@ -55,6 +67,8 @@ impl Known {
         let mut newer: BTreeMap<InstanceKey, Instance> =
             reading.instances.into_iter().map(|instance| (instance.key.clone(), instance)).collect();
         self.unreadable = reading.unreadable.len();
+        self.identities = reading.identities;
+        self.is_identity_unreadable = reading.is_identity_unreadable;
         let is_called = self.called();
         let older = std::mem::take(&mut self.instances);
         // One that can no longer be read stays as it was last read.
@@ -122,6 +136,8 @@ impl Known {
                 _ => {}
             }
         }
+        service.identities.extend_from_slice(&self.identities);
+        service.is_identity_unreadable = self.is_identity_unreadable;
         service.identities.sort();
         service.identities.dedup();
         let is_called = self.called();
@@ -307,6 +323,24 @@ mod tests {
         let broken = Reading { unreadable, ..reading(&[("b", 2, true)]) };
         known.accept(broken, false, Instant::now());
         assert_eq!(endpoints(&known), [1, 2]);
+    }
+
+    #[test]
+    fn what_cannot_be_read_says_whom_to_expect_all_the_same() {
+        let mut known = Known::new("orders".parse().unwrap());
+        let plain = || {
+            let instances = vec![Instance { identities: Vec::new(), ..instance("a", 1, true) }];
+            Reading { instances, ..Reading::default() }
+        };
+        let identities = instance("b", 2, true).identities;
+        known.accept(Reading { identities: identities.clone(), ..plain() }, false, Instant::now());
+        let service = known.service().0;
+        assert_eq!((service.identities, service.is_identity_unreadable), (identities, false));
+        known.accept(Reading { is_identity_unreadable: true, ..plain() }, false, Instant::now());
+        let service = known.service().0;
+        assert_eq!((service.identities, service.is_identity_unreadable), (vec![], true));
+        known.accept(plain(), false, Instant::now());
+        assert!(!known.service().0.is_identity_unreadable);
     }
 
     #[test]

@@ -17,6 +17,19 @@ fn service(endpoints: usize) -> Arc<Service> {
     })
 }
 
+#[test]
+fn a_service_whose_identity_cannot_be_read_is_not_called_in_plaintext() {
+    let known = |is_identity_unreadable, policy| {
+        let service = Service { is_identity_unreadable, ..(*service(1)).clone() };
+        Known::new(Arc::new(service), Arc::new(policy)).security
+    };
+    assert!(matches!(known(false, Policy::default()), Security::Plain));
+    assert!(matches!(known(true, Policy::default()), Security::Forbidden));
+    let identities = vec!["spiffe://d/ns/default/sa/orders".parse().unwrap()];
+    let named = Policy { identities, ..Policy::default() };
+    assert!(matches!(known(true, named), Security::Mesh(_)));
+}
+
 /// Follows a directory in which the service is.
 fn upstreams(service: &Arc<Service>) -> Arc<Upstreams> {
     following(watch::channel(Arc::new(Directory::new(vec![(**service).clone()]))).1)
