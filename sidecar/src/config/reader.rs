@@ -72,8 +72,8 @@ impl Reader<'_> {
             },
             limits: self.limits(),
             drain: DrainTimes {
-                settle: self.duration("settle-time", Duration::from_secs(2)),
-                timeout: self.duration("drain-timeout", Duration::from_secs(30)),
+                settle: self.time_of_a_drain("settle-time", Duration::from_secs(2)),
+                timeout: self.time_of_a_drain("drain-timeout", Duration::from_secs(30)),
             },
             access_log: self.choice(
                 "access-log",
@@ -254,6 +254,15 @@ impl Reader<'_> {
         self.parsed_with(name, "a time such as 500ms, 2s or 1h", humantime::parse_duration).unwrap_or(default)
     }
 
+    /// A part of a drain, whose end must be a moment of the clock.
+    fn time_of_a_drain(&mut self, name: &str, default: Duration) -> Duration {
+        self.parsed_with(name, "a time such as 500ms, 2s or 1h, and at most 1d", |text| {
+            let time = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+            if time <= LONGEST_DRAIN { Ok(time) } else { Err("too long".to_owned()) }
+        })
+        .unwrap_or(default)
+    }
+
     pub(super) fn number<T>(&mut self, name: &str, default: T, range: std::ops::RangeInclusive<T>) -> T
     where
         T: FromStr + PartialOrd + Display,
@@ -320,6 +329,9 @@ impl Reader<'_> {
 pub(super) fn port(text: &str) -> Option<u16> {
     text.parse().ok().filter(|number| *number != 0)
 }
+
+/// Longer than anybody waits for the end of a process.
+const LONGEST_DRAIN: Duration = Duration::from_secs(24 * 3600);
 
 const MUTUAL_TLS: [(&str, MutualTls); 2] =
     [("permissive", MutualTls::Permissive), ("strict", MutualTls::Strict)];

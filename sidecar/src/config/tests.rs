@@ -97,6 +97,17 @@ fn every_setting_has_help_and_a_name_of_its_own() {
 }
 
 #[test]
+fn a_drain_has_an_end_that_a_clock_can_show() {
+    for name in ["--settle-time", "--drain-timeout"] {
+        for bad in ["25h", "584554530000y"] {
+            let mistakes = read(&["--service", "a", name, bad], &[]).unwrap_err().to_string();
+            assert!(mistakes.contains("at most 1d"), "{mistakes}");
+        }
+        assert!(read(&["--service", "a", name, "1d"], &[]).is_ok());
+    }
+}
+
+#[test]
 fn consul_is_found_by_its_own_variables_too() {
     let folder = tempfile::tempdir().unwrap();
     let token = folder.path().join("token");

@@ -172,7 +172,7 @@ impl Metrics {
         weft.register("spans_exported", "Spans that the collector took", spans_exported.clone());
         let help = "Unix time at which our certificate ends; 0 without one";
         weft.register("certificate_expiry_seconds", help, certificate_expiry.clone());
-        let help = "Lines of the access log that were lost because writing was too slow";
+        let help = "Lines of the access log that were lost because writing was too slow or failed";
         weft.register("log_lines_dropped", help, log_lines_dropped.clone());
         let app_sockets_lost = Counter::default();
         let help = "Sockets to the app of `exec` that were lost for want of descriptors";
@@ -262,7 +262,7 @@ impl Metrics {
         self.plaintext_callers.with(&[&address.to_canonical().to_string()]).inc();
     }
 
-    /// A DNS query was answered (`virtual`, `forwarded`, `refused`, `failed`).
+    /// A DNS query was answered (`answered`, `forwarded`, `ignored`, `failed`, `held_back`).
     pub fn dns_query(&self, result: &'static str) {
         self.dns_queries.with(&[result]).inc();
     }

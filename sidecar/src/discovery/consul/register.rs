@@ -7,11 +7,7 @@ use std::{collections::BTreeSet, panic::AssertUnwindSafe, sync::Arc, time::Durat
 
 use futures_util::{FutureExt, future::join_all};
 use serde_json::{Map, Value, json};
-use tokio::{
-    sync::{oneshot, watch},
-    task::JoinHandle,
-    time::sleep,
-};
+use tokio::{sync::watch, task::JoinHandle, time::sleep};
 use weft_proto::names;
 
 use super::{
@@ -49,7 +45,7 @@ pub struct Registration {
 /// A workload that is registered, or will be as soon as the agent answers.
 #[derive(Debug)]
 pub struct OwnRegistration {
-    stop: oneshot::Sender<()>,
+    stop: watch::Sender<()>,
     task: JoinHandle<()>,
 }
 
@@ -60,7 +56,7 @@ pub fn register(
     health: watch::Receiver<bool>,
     random: fastrand::Rng,
 ) -> OwnRegistration {
-    let (stop, stopped) = oneshot::channel();
+    let (stop, stopped) = watch::channel(());
     OwnRegistration { stop, task: tokio::spawn(keep(client, registration, health, random, stopped)) }
 }
 
@@ -70,7 +66,7 @@ async fn keep(
     registration: Registration,
     mut health: watch::Receiver<bool>,
     mut random: fastrand::Rng,
-    mut stopped: oneshot::Receiver<()>,
+    mut stopped: watch::Receiver<()>,
 ) {
     let workload = &registration.workload;
     let id = format!("{}-{}", workload.service, workload.instance);
@@ -90,7 +86,11 @@ async fn keep(
             return;
         }
         tracing::error!("the registration of `{id}` ended with a panic, a bug of ours; it is made again");
-        sleep(LONGEST_PAUSE).await;
+        tokio::select! {
+            // In a drain it is not made again: its check runs out.
+            _ = stopped.changed() => return,
+            () = sleep(LONGEST_PAUSE) => {}
+        }
     }
 }
 
@@ -118,7 +118,7 @@ struct Keeper {
 }
 
 impl Keeper {
-    async fn run(mut self, health: &mut watch::Receiver<bool>, stopped: &mut oneshot::Receiver<()>) {
+    async fn run(mut self, health: &mut watch::Receiver<bool>, stopped: &mut watch::Receiver<()>) {
         let mut failures = 0_u32;
         loop {
             let is_well = *health.borrow_and_update();
@@ -141,7 +141,7 @@ impl Keeper {
             // Never later than meant: a word that comes late is none.
             let rest = spread(rest.mul_f64(0.9), &mut self.random);
             tokio::select! {
-                _ = &mut *stopped => break,
+                _ = stopped.changed() => break,
                 () = sleep(rest) => {}
                 Ok(()) = health.changed() => {}
             }
