@@ -3,6 +3,9 @@
 //! A certificate that cannot be written down is not given. What strangers cause is bounded: of refusals so many are
 //! written in a minute, in all and from one address; the others are summed up by reason. Secrets never stand here: a
 //! token appears by the beginning of its hash, as `weft-ca token list` shows it.
+//!
+//! A write may block for as long as somebody does not read (a pipe). Whoever writes here does so on a thread that may
+//! block; [`Audit::is_failing`] and [`Audit::has_stalled`] never wait for a write.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -14,7 +17,10 @@ use std::{
         unix::fs::{MetadataExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard},
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -25,7 +31,12 @@ use tokio::time::Instant;
 /// Where the lines go.
 pub struct Audit {
     path: Option<PathBuf>,
+    /// Held while a line is written, which may block.
     out: Mutex<Out>,
+    /// The last line could not be written.
+    failing: AtomicBool,
+    /// Since when a line is being written; held for a moment only.
+    writing: Mutex<Option<Instant>>,
     refusals: Mutex<Refusals>,
 }
 
@@ -33,8 +44,6 @@ struct Out {
     file: File,
     /// The last line was written in part: the next one begins on a line of its own.
     torn: bool,
-    /// The last line could not be written.
-    failing: bool,
 }
 
 /// The refusals of this minute.
@@ -51,6 +60,8 @@ const REFUSALS: u32 = 120;
 /// Of one address, so that no stranger hides what others do.
 const REFUSALS_OF_ADDRESS: u32 = 20;
 const MINUTE: Duration = Duration::from_secs(60);
+/// A line that takes longer waits for somebody who does not read.
+const STALLED: Duration = Duration::from_secs(3);
 
 /// One line.
 #[derive(Debug, Default, Serialize)]
@@ -116,18 +127,27 @@ impl Audit {
             left_out: BTreeMap::new(),
         };
         let (path, out) = (path.map(Path::to_owned), Mutex::new(Out::open(path)?));
-        Ok(Audit { path, out, refusals: Mutex::new(refusals) })
+        Ok(Audit {
+            path,
+            out,
+            failing: AtomicBool::new(false),
+            writing: Mutex::new(None),
+            refusals: Mutex::new(refusals),
+        })
     }
 
-    /// Opens the file by its name again: whoever rotates it has moved the old one away.
+    /// Opens the file by its name again: whoever rotates it has moved the old one away. False where there is none, as
+    /// the lines go to standard output.
     ///
     /// # Errors
     /// As [`Audit::open`]; then the old one is written to as before.
-    pub fn reopen(&self) -> Result<()> {
-        let Some(path) = &self.path else { return Ok(()) };
-        let out = Out::open(Some(path))?;
-        *lock(&self.out) = out;
-        Ok(())
+    pub fn reopen(&self) -> Result<bool> {
+        let Some(path) = &self.path else { return Ok(false) };
+        let opened = Out::open(Some(path))?;
+        let mut out = lock(&self.out);
+        *out = opened;
+        self.failing.store(false, Ordering::Relaxed);
+        Ok(true)
     }
 
     /// Writes a line.
@@ -152,9 +172,14 @@ impl Audit {
             Ok(false)
         };
         if !matches!(written, Ok(true)) {
-            *lock(&self.refusals).left_out.entry(reason).or_default() += 1;
+            self.leave_out(reason);
         }
         written.map(drop)
+    }
+
+    /// Counts a refusal that is not written, for the next sum.
+    pub fn leave_out(&self, reason: &'static str) {
+        *lock(&self.refusals).left_out.entry(reason).or_default() += 1;
     }
 
     /// Can a line be written? After one that could not, a line is tried that says that the audit goes on.
@@ -162,15 +187,20 @@ impl Audit {
     /// # Errors
     /// It still cannot be written.
     pub fn check(&self, now: SystemTime) -> Result<()> {
-        if !self.is_failing() {
+        if !self.failing.load(Ordering::Relaxed) {
             return Ok(());
         }
         self.append(&Note { time: rfc3339(now), event: "resumed", left_out: &BTreeMap::new() })
     }
 
-    /// Could the last line not be written?
+    /// Could the last line not be written, or does it wait for somebody who does not read?
     pub fn is_failing(&self) -> bool {
-        lock(&self.out).failing
+        self.failing.load(Ordering::Relaxed) || self.has_stalled()
+    }
+
+    /// Does a line wait for somebody who does not read?
+    pub fn has_stalled(&self) -> bool {
+        lock(&self.writing).is_some_and(|began| began.elapsed() >= STALLED)
     }
 
     /// Writes the sum of the refusals that were left out, once their minute is over.
@@ -201,8 +231,10 @@ impl Audit {
         let mut text = serde_json::to_vec(line)?;
         text.push(b'\n');
         let mut out = lock(&self.out);
+        *lock(&self.writing) = Some(Instant::now());
         let written = out.append(&text);
-        match (&written, std::mem::replace(&mut out.failing, written.is_err())) {
+        *lock(&self.writing) = None;
+        match (&written, self.failing.swap(written.is_err(), Ordering::Relaxed)) {
             (Err(error), false) => tracing::error!("the audit cannot be written, nothing is given: {error}"),
             (Ok(()), true) => tracing::info!("the audit is written again"),
             _ => {}
@@ -216,7 +248,7 @@ impl Out {
         let Some(path) = path else {
             // Not through the buffer of the standard library, which keeps a line that could not be written.
             let file = File::from(stdout().as_fd().try_clone_to_owned().context("audit on standard output")?);
-            return Ok(Out { file, torn: false, failing: false });
+            return Ok(Out { file, torn: false });
         };
         let mut file = OpenOptions::new()
             .read(true)
@@ -230,7 +262,7 @@ impl Out {
             bail!("audit file {} has mode {mode:04o}; `chmod 0600 {}`", path.display(), path.display());
         }
         let torn = ends_within_line(&mut file).with_context(|| format!("audit file {}", path.display()))?;
-        Ok(Out { file, torn, failing: false })
+        Ok(Out { file, torn })
     }
 
     fn append(&mut self, line: &[u8]) -> std::io::Result<()> {
@@ -371,13 +403,28 @@ mod tests {
         let (now, moved) = (SystemTime::now(), folder.path().join("audit.1"));
         audit.write(Line::default(), now).unwrap();
         std::fs::rename(&path, &moved).unwrap();
-        audit.reopen().unwrap();
+        assert!(audit.reopen().unwrap());
         audit.write(Line::default(), now).unwrap();
         assert_eq!((lines(&moved).len(), lines(&path).len()), (1, 1));
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
         assert!(audit.reopen().is_err());
         audit.write(Line::default(), now).unwrap();
         assert_eq!(lines(&path).len(), 2, "the old one is written to as before");
+    }
+
+    #[test]
+    fn standard_output_is_not_opened_again() {
+        assert!(!Audit::open(None).unwrap().reopen().unwrap());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_line_that_nobody_takes_is_seen_without_waiting_for_it() {
+        let (_folder, _path, audit) = audit();
+        *lock(&audit.writing) = Some(Instant::now());
+        assert!(!audit.is_failing());
+        tokio::time::advance(STALLED).await;
+        let _held_by_the_write = lock(&audit.out);
+        assert!(audit.has_stalled() && audit.is_failing());
     }
 
     #[test]
@@ -394,7 +441,7 @@ mod tests {
         assert!(audit.is_failing() && audit.check(now).is_err());
         assert!(audit.refused(refusal("10.0.0.1"), now).is_err());
         audit.reopen().unwrap();
-        lock(&audit.out).failing = true;
+        audit.failing.store(true, Ordering::Relaxed);
         audit.check(now).unwrap();
         assert!(!audit.is_failing());
         assert_eq!(lines(&path)[0]["event"], "resumed");

@@ -145,12 +145,32 @@ impl Directory {
     /// # Errors
     /// What the file system says.
     pub fn remove(&self, name: &str) -> Result<bool> {
+        let removed = self.remove_unsynced(name)?;
+        if removed {
+            self.sync()?;
+        }
+        Ok(removed)
+    }
+
+    /// Removes a file, which outlasts a power failure only after [`Directory::sync`]; false where there was none.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn remove_unsynced(&self, name: &str) -> Result<bool> {
         let path = self.path(name);
         match fs::remove_file(&path) {
-            Ok(()) => sync(&self.0).map(|()| true).with_context(|| format!("removing {}", path.display())),
+            Ok(()) => Ok(true),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
             Err(error) => Err(error).with_context(|| format!("removing {}", path.display())),
         }
+    }
+
+    /// Has the disk know what was removed.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn sync(&self) -> Result<()> {
+        sync(&self.0).with_context(|| format!("syncing directory {}", self.0.display()))
     }
 }
 

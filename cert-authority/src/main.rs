@@ -97,9 +97,9 @@ struct Serve {
     /// Append the audit to this file (mode 0600) instead of standard output
     #[arg(long, env = "WEFT_CA_AUDIT")]
     audit: Option<PathBuf>,
-    /// Connections at a time; the hard limit of descriptors bounds them too
-    #[arg(long, default_value_t = 10_000)]
-    max_connections: usize,
+    /// Connections at a time, 1 or more; the hard limit of descriptors bounds them too
+    #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..))]
+    max_connections: u32,
     /// Write the addresses as JSON to this file once both stand
     #[arg(long)]
     address_file: Option<PathBuf>,
@@ -238,7 +238,10 @@ fn serve(command: Serve) -> ExitCode {
         Err(error) => exit_code(Err(error), REFUSED),
         Ok((runtime, signals, server)) => {
             let reread = Arc::new(Notify::new());
-            exit_code(runtime.block_on(server.run(signals.until_stop(reread.clone()), reread)), FAILED)
+            let ended = runtime.block_on(server.run(signals.until_stop(reread.clone()), reread));
+            // A line of the audit that nobody takes would keep a thread, and the process, for ever.
+            runtime.shutdown_timeout(LAST_WRITES);
+            exit_code(ended, FAILED)
         }
     }
 }
@@ -273,7 +276,7 @@ fn options(command: Serve) -> Result<Options> {
         admin: command.admin,
         lifetimes: Lifetimes { default: command.lifetime, maximum },
         audit: command.audit,
-        max_connections: command.max_connections,
+        max_connections: usize::try_from(command.max_connections).unwrap_or(usize::MAX),
         address_file: command.address_file,
     })
 }
@@ -318,6 +321,8 @@ impl Signals {
 
 /// Threads that read and write files for requests; each has few descriptors open.
 const BLOCKING_THREADS: usize = 32;
+/// For what is being written when everything else has ended.
+const LAST_WRITES: Duration = Duration::from_secs(1);
 /// Shorter certificates could not be renewed in time.
 const MIN_LIFETIME: Duration = Duration::from_secs(5);
 /// Half of an issuing certificate's life: longer ones would be cut short by their issuer.

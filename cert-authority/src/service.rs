@@ -293,6 +293,15 @@ impl Service {
         Ok(())
     }
 
+    /// While the audit has stalled: whoever is refused so holds no thread that waits to write of it.
+    fn refuse_unwritten(&self) -> Refusal {
+        let refusal = Refusal::new(Reason::Internal, "the audit is not taken; whoever reads it has stalled");
+        let label = refusal.reason.label();
+        self.metrics.refused.get_or_create(&[("reason", label)]).inc();
+        self.audit.leave_out(label);
+        refusal
+    }
+
     fn note_refused(&self, refusal: &Refusal, mut line: Line, now: SystemTime) {
         let label = refusal.reason.label();
         self.metrics.refused.get_or_create(&[("reason", label)]).inc();
@@ -317,6 +326,9 @@ impl CertificateAuthority for Face {
         };
         let _in_flight = caller.activity.begin();
         let service = self.0.clone();
+        if service.audit.has_stalled() {
+            return Err(service.refuse_unwritten().status());
+        }
         let began = Instant::now();
         let work =
             tokio::task::spawn_blocking(move || service.issue(&caller, request.get_ref(), SystemTime::now()));

@@ -174,19 +174,33 @@ impl Tokens {
         }
     }
 
-    /// Forgets tokens that ended a week ago.
+    /// Forgets tokens that ended a week ago. A file that cannot be read or removed keeps no other from being forgotten.
     ///
     /// # Errors
-    /// A file of a token cannot be read or removed.
+    /// The first of those files, and how many there are.
     pub fn prune(&self, now: SystemTime) -> Result<()> {
+        let (mut first, mut failed) = (None, 0);
         for name in self.0.names()? {
-            let Some((hash, _)) = split(&name) else { continue };
-            let Some(bytes) = self.0.read(&name)? else { continue };
-            if parse(&bytes, hash)?.expires.saturating_add(KEPT.as_secs()) < seconds(now) {
-                self.0.remove(&name)?;
+            let forgotten = self
+                .is_over(&name, now)
+                .and_then(|over| if over { self.0.remove_unsynced(&name).map(drop) } else { Ok(()) });
+            if let Err(error) = forgotten {
+                failed += 1;
+                first.get_or_insert(error);
             }
         }
-        Ok(())
+        // Once for all: one that came back would be forgotten again.
+        self.0.sync()?;
+        first.map_or(Ok(()), |error| {
+            Err(error.context(format!("files of tokens that were skipped: {failed}")))
+        })
+    }
+
+    /// Did the token of this file end a week ago?
+    fn is_over(&self, name: &str, now: SystemTime) -> Result<bool> {
+        let Some((hash, _)) = split(name) else { return Ok(false) };
+        let Some(bytes) = self.0.read(name)? else { return Ok(false) };
+        Ok(parse(&bytes, hash)?.expires.saturating_add(KEPT.as_secs()) < seconds(now))
     }
 }
 
@@ -317,6 +331,19 @@ mod tests {
         assert_eq!(tokens.list(now + HOUR).unwrap()[0].1, State::Expired);
         tokens.prune(now + HOUR + KEPT * 2).unwrap();
         assert!(tokens.list(now).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_damaged_file_keeps_no_other_token_from_being_forgotten() {
+        let (_outer, tokens) = tokens();
+        let now = SystemTime::now();
+        for name in ["0", "f"] {
+            tokens.0.write(&format!("{}{OPEN}", name.repeat(64)), b"not JSON").unwrap();
+        }
+        let old = tokens.create(web(), true, HOUR, now).unwrap();
+        let error = format!("{:#}", tokens.prune(now + HOUR + KEPT * 2).unwrap_err());
+        assert!(error.contains("skipped: 2") && error.contains("0000000000000000 is damaged"), "{error}");
+        assert_eq!(tokens.check(&old, now).unwrap(), Err(Invalid::Unknown));
     }
 
     #[test]

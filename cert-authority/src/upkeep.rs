@@ -5,6 +5,9 @@
 //!
 //! A directory that is refused while we run changes nothing: the last good state stays, an error is logged once
 //! and counted each round.
+//!
+//! The audit may block for as long as nobody reads it, and tokens may be many: both are kept on threads that may block,
+//! one for each, and the rounds go on meanwhile.
 
 use std::{
     sync::Arc,
@@ -17,6 +20,7 @@ use rustls::{RootCertStore, ServerConfig, crypto::CryptoProvider, server::WebPki
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::{
     sync::{Notify, watch},
+    task::spawn_blocking,
     time::timeout,
 };
 
@@ -72,13 +76,19 @@ pub struct Upkeep {
 impl Upkeep {
     /// Runs until the program ends.
     pub async fn run(self) {
-        let mut failing = false;
+        let (mut failing, mut reopen, mut stalled) = (false, false, false);
+        let (mut keeping, mut pruning) = (spawn_blocking(|| ()), spawn_blocking(|| ()));
         for round in 1_u32.. {
             if timeout(UPKEEP, self.reread.notified()).await.is_ok() {
-                self.read_again();
-                failing = false;
+                tracing::info!("SIGHUP: {ROOTS_FILE} is read again");
+                (failing, reopen) = (false, true);
             }
-            self.keep_audit(SystemTime::now());
+            stalled = self.tell_of_stall(stalled);
+            if keeping.is_finished() {
+                let (audit, metrics, reopen) =
+                    (self.audit.clone(), self.metrics.clone(), std::mem::take(&mut reopen));
+                keeping = spawn_blocking(move || keep_audit(&audit, &metrics, reopen));
+            }
             if let Err(error) = self.round(SystemTime::now()) {
                 self.metrics.upkeep_failures.get_or_create(&[("subject", "state")]).inc();
                 if !failing {
@@ -88,27 +98,27 @@ impl Upkeep {
             } else {
                 failing = false;
             }
-            if round % PRUNE_EVERY == 0
-                && let Err(error) = self.tokens.prune(SystemTime::now())
-            {
-                self.metrics.upkeep_failures.get_or_create(&[("subject", "tokens")]).inc();
-                tracing::warn!("old tokens could not be removed: {error:#}");
+            if round % PRUNE_EVERY == 0 && pruning.is_finished() {
+                let (tokens, metrics) = (self.tokens.clone(), self.metrics.clone());
+                pruning = spawn_blocking(move || prune(&tokens, &metrics));
             }
         }
     }
 
-    fn read_again(&self) {
-        match self.audit.reopen() {
-            Ok(()) => tracing::info!("the audit file was opened again, and {ROOTS_FILE} is read again"),
-            Err(error) => tracing::error!("the audit file was not opened again: {error:#}"),
+    /// Says when the audit begins or ceases to wait for whoever reads it, and counts each round of waiting.
+    fn tell_of_stall(&self, before: bool) -> bool {
+        let stalled = self.audit.has_stalled();
+        match (before, stalled) {
+            (false, true) => tracing::error!(
+                "the audit is not taken: whoever reads it (a pipe?) has stalled; nothing is given until he reads on"
+            ),
+            (true, false) => tracing::info!("the audit is taken again"),
+            _ => {}
         }
-    }
-
-    /// What fails here has been logged by the audit when it began to fail.
-    fn keep_audit(&self, now: SystemTime) {
-        if self.audit.check(now).and_then(|()| self.audit.sum_up(now)).is_err() {
+        if stalled {
             self.metrics.upkeep_failures.get_or_create(&[("subject", "audit")]).inc();
         }
+        stalled
     }
 
     /// Renews what is due, and takes up changed roots.
@@ -134,6 +144,28 @@ impl Upkeep {
             self.tls_sender.send_replace(Arc::new(make_tls(&current, now)?));
         }
         Ok(())
+    }
+}
+
+/// What fails here has been logged by the audit when it began to fail.
+fn keep_audit(audit: &Audit, metrics: &Metrics, reopen: bool) {
+    if reopen {
+        match audit.reopen() {
+            Ok(true) => tracing::info!("the audit file was opened again"),
+            Ok(false) => tracing::info!("the audit goes to standard output, which is not opened again"),
+            Err(error) => tracing::error!("the audit file was not opened again: {error:#}"),
+        }
+    }
+    let now = SystemTime::now();
+    if audit.check(now).and_then(|()| audit.sum_up(now)).is_err() {
+        metrics.upkeep_failures.get_or_create(&[("subject", "audit")]).inc();
+    }
+}
+
+fn prune(tokens: &Tokens, metrics: &Metrics) {
+    if let Err(error) = tokens.prune(SystemTime::now()) {
+        metrics.upkeep_failures.get_or_create(&[("subject", "tokens")]).inc();
+        tracing::warn!("some old tokens could not be removed: {error:#}");
     }
 }
 

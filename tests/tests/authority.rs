@@ -4,7 +4,7 @@
 use std::{
     fs,
     net::SocketAddr,
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     sync::{Arc, Mutex},
@@ -983,6 +983,50 @@ async fn while_the_audit_cannot_be_written_nothing_is_given_and_no_token_is_lost
     }
     issue(&home, serving.listen, None, request(&once)).await.expect("the token was lost");
     assert_eq!(home.audit().last().unwrap()["event"], "issued");
+}
+
+#[tokio::test]
+async fn a_reader_of_the_audit_who_stalls_stops_neither_probes_nor_signals() {
+    let home = Home::new();
+    let audit = home.path("audit");
+    let made = Command::new("mkfifo").args(["-m", "600"]).arg(&audit).status().unwrap();
+    assert!(made.success());
+    let serving = Serving::start(&home, &[]).await;
+    let mut pipe = fs::File::options()
+        .write(true)
+        .custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits())
+        .open(&audit)
+        .unwrap();
+    while matches!(std::io::Write::write(&mut pipe, &[b'\n'; 4096]), Ok(1..)) {}
+    let token = home.token(WEB, &["--reusable"]);
+    let mut before = client(&home, serving.listen, None).await;
+    let asked = request(&token);
+    let waiting = tokio::spawn(async move { before.issue(asked).await });
+    let began = Instant::now();
+    loop {
+        let ready = timeout(SOON, serving.get("/ready")).await.expect("the probes hang");
+        if ready.starts_with("HTTP/1.1 503") && ready.contains("audit") {
+            break;
+        }
+        assert!(began.elapsed() < SOON, "it looks ready");
+        sleep(Duration::from_millis(100)).await;
+    }
+    let live = timeout(SOON, serving.get("/live")).await.expect("the probes hang");
+    assert!(live.starts_with("HTTP/1.1 200"), "{live}");
+    let refused = timeout(SOON, issue(&home, serving.listen, None, request(&token))).await;
+    assert_eq!(refused.expect("it is deaf").unwrap_err().code(), Code::Internal);
+    serving.signal(Signal::SIGHUP);
+    assert_eq!(serving.terminate().await, Some(0));
+    assert!(waiting.await.unwrap().is_err(), "a certificate that was not written down was given");
+    let log = fs::read_to_string(home.path("log")).unwrap();
+    assert!(log.contains("the audit is not taken"), "{log}");
+}
+
+#[test]
+fn no_connections_at_all_are_refused_as_a_setting() {
+    let refused = Home::new().command(&["serve", "--max-connections", "0"]);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(error_of(&refused).contains("--max-connections"), "{}", error_of(&refused));
 }
 
 #[tokio::test]
