@@ -39,6 +39,20 @@ pub struct Authority {
     roots: Vec<CertificateDer<'static>>,
 }
 
+/// What a command tells of an authority. Nothing is signed, mended or written for it.
+pub struct Known {
+    /// The trust domain.
+    pub trust_domain: TrustDomain,
+    /// As [`Authority::root_sha256`].
+    pub root_sha256: String,
+    /// How many roots are handed out.
+    pub roots: usize,
+    /// When the root ends.
+    pub root_not_after: SystemTime,
+    /// When the issuing certificate ends; `None` where it is missing or damaged, until `weft-ca serve` signs another.
+    pub issuing_not_after: Option<SystemTime>,
+}
+
 /// A certificate that may sign, with its key.
 struct Signer {
     certificate: CertificateDer<'static>,
@@ -91,30 +105,14 @@ impl Authority {
         Ok(Authority { trust_domain, root, issuing, roots })
     }
 
-    /// Takes up an authority where it was left. An issuing certificate that cannot be used is replaced by a new one.
+    /// Takes up an authority where it was left, to serve. An issuing certificate that cannot be used is replaced by a new one.
     ///
     /// # Errors
     /// A file is wider than 0600; root or `roots.pem` are missing, damaged, or do not fit each other; the root is not
     /// valid now; a new issuing certificate cannot be written.
     pub fn load(directory: &Directory, now: SystemTime) -> Result<Self> {
-        let read = |name: &str| {
-            let bytes = directory.read(name)?.ok_or_else(|| missing(directory, name))?;
-            Ok::<_, anyhow::Error>((bytes, directory.path(name)))
-        };
-        let (bytes, path) = read(ROOT_FILE)?;
-        let root = Signer::parse(&bytes).with_context(|| format!("{}", path.display()))?;
-        let trust_domain =
-            trust_domain_of(&root.certificate).with_context(|| format!("{}", path.display()))?;
-        root.check_time(now).with_context(|| {
-            format!(
-                "{}: the root is not valid now. Set the clock, or, where it is right, make a new root in a new \
-                 directory (`weft-ca init`) and give its pin to every workload",
-                path.display()
-            )
-        })?;
         // Before anything is signed: the wrong root in a directory must not replace what fits the right one.
-        let (bytes, path) = read(ROOTS_FILE)?;
-        let roots = parse_roots(&bytes, &root).with_context(|| format!("{}", path.display()))?;
+        let (trust_domain, root, roots) = read_root(directory, now)?;
         let kept = directory.read(ISSUING_FILE)?.context("it is missing");
         let issuing = match kept.and_then(|bytes| Signer::parse(&bytes)) {
             Ok(issuing) => issuing,
@@ -190,12 +188,23 @@ impl Authority {
 
     /// The SHA-256 of our root's DER, in hexadecimal: what a client pins.
     pub fn root_sha256(&self) -> String {
-        hex(digest(&SHA256, &self.root.certificate).as_ref())
+        self.root.sha256()
     }
 
     /// When the root ends.
     pub fn root_not_after(&self) -> SystemTime {
         self.root.not_after
+    }
+
+    /// What a command tells of it.
+    pub fn known(&self) -> Known {
+        Known {
+            trust_domain: self.trust_domain.clone(),
+            root_sha256: self.root_sha256(),
+            roots: self.roots.len(),
+            root_not_after: self.root.not_after,
+            issuing_not_after: Some(self.issuing.not_after),
+        }
     }
 
     /// When the issuing certificate ends.
@@ -287,7 +296,30 @@ impl Authority {
     }
 }
 
+impl Known {
+    /// Reads it from the directory.
+    ///
+    /// # Errors
+    /// As [`Authority::load`] for root and `roots.pem`; a file is wider than 0600.
+    pub fn read(directory: &Directory, now: SystemTime) -> Result<Self> {
+        let (trust_domain, root, roots) = read_root(directory, now)?;
+        let issuing = directory.read(ISSUING_FILE)?.and_then(|bytes| Signer::parse(&bytes).ok());
+        Ok(Known {
+            trust_domain,
+            root_sha256: root.sha256(),
+            roots: roots.len(),
+            root_not_after: root.not_after,
+            issuing_not_after: issuing.map(|issuing| issuing.not_after),
+        })
+    }
+}
+
 impl Signer {
+    /// The SHA-256 of its DER, in hexadecimal.
+    fn sha256(&self) -> String {
+        hex(digest(&SHA256, &self.certificate).as_ref())
+    }
+
     /// Reads a certificate and its key, which must belong together.
     fn parse(pem: &[u8]) -> Result<Self> {
         let certificate = CertificateDer::from_pem_slice(pem)
@@ -344,6 +376,30 @@ impl Signer {
         let pem = format!("{}{}", certificate.pem(), key.serialize_pem());
         Ok((Signer::parse(pem.as_bytes())?, pem))
     }
+}
+
+/// The trust domain, the root and `roots.pem`: what is never made anew, and must be good for anything else.
+fn read_root(
+    directory: &Directory,
+    now: SystemTime,
+) -> Result<(TrustDomain, Signer, Vec<CertificateDer<'static>>)> {
+    let read = |name: &str| {
+        let bytes = directory.read(name)?.ok_or_else(|| missing(directory, name))?;
+        Ok::<_, anyhow::Error>((bytes, directory.path(name)))
+    };
+    let (bytes, path) = read(ROOT_FILE)?;
+    let root = Signer::parse(&bytes).with_context(|| format!("{}", path.display()))?;
+    let trust_domain = trust_domain_of(&root.certificate).with_context(|| format!("{}", path.display()))?;
+    root.check_time(now).with_context(|| {
+        format!(
+            "{}: the root is not valid now. Set the clock, or, where it is right, make a new root in a new \
+             directory (`weft-ca init`) and give its pin to every workload",
+            path.display()
+        )
+    })?;
+    let (bytes, path) = read(ROOTS_FILE)?;
+    let roots = parse_roots(&bytes, &root).with_context(|| format!("{}", path.display()))?;
+    Ok((trust_domain, root, roots))
 }
 
 /// A certificate that may sign. Its URI name is the trust domain (X509-SVID 4.1); its subject is like no other's.

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, Parser, Subcommand};
 use humantime::{format_duration, format_rfc3339_seconds, parse_duration};
 use tokio::{
@@ -23,7 +23,7 @@ use tokio::{
 };
 use tracing_subscriber::EnvFilter;
 use weft_ca::{
-    authority::{Authority, ROOTS_FILE},
+    authority::{Authority, Known, ROOTS_FILE},
     directory::{Directory, write_private},
     server::{Options, Server},
     service::Lifetimes,
@@ -31,7 +31,7 @@ use weft_ca::{
 };
 use weft_proto::{
     names::{AUTHORITY_ADMIN_PORT, AUTHORITY_PORT},
-    spiffe::{SpiffeId, TrustDomain},
+    spiffe::{SpiffeId, TrustDomain, authority_id},
 };
 
 /// The certificate authority of the Weft service mesh.
@@ -212,7 +212,7 @@ fn init(command: &Init) -> Result<()> {
     let directory = Directory::create(&command.state.dir)?;
     let authority = Authority::init(&directory, command.trust_domain.clone(), SystemTime::now())?;
     if command.json {
-        return answer(describe(&authority));
+        return answer(describe(&authority.known()));
     }
     answer(authority.root_sha256())?;
     tell(format_args!(
@@ -338,15 +338,16 @@ fn is_new(dir: &std::path::Path) -> Result<bool> {
 }
 
 fn create_token(command: &TokenCreate) -> Result<()> {
-    let (directory, authority) = load(&command.state)?;
-    if command.identity.trust_domain() != authority.trust_domain().as_str() {
+    let (directory, known) = load(&command.state)?;
+    if command.identity.trust_domain() != known.trust_domain.as_str() {
         bail!(
             "{} is not of this authority's trust domain, {}; nobody could use such a token",
             command.identity,
-            authority.trust_domain()
+            known.trust_domain
         );
     }
-    if command.identity == authority.own_id()? {
+    let own = authority_id(&known.trust_domain).map_err(|error| anyhow!("{error}"))?;
+    if command.identity == own {
         bail!("{} is the authority itself; no workload may have that identity", command.identity);
     }
     if command.expires > MAX_TOKEN_LIFE {
@@ -402,30 +403,32 @@ fn revoke_token(command: &TokenRevoke) -> Result<()> {
 }
 
 fn show_root(command: &Root) -> Result<()> {
-    let (directory, authority) = load(&command.state)?;
+    let (directory, known) = load(&command.state)?;
     if command.sha256 {
-        return answer(authority.root_sha256());
+        return answer(known.root_sha256);
     }
     if command.json {
-        return answer(describe(&authority));
+        return answer(describe(&known));
     }
     let pem = directory.read(ROOTS_FILE)?.context("roots.pem is missing")?;
     stdout().write_all(&pem).context("standard output")
 }
 
-fn load(state: &State) -> Result<(Directory, Authority)> {
+/// For commands that only tell or keep tokens: a running authority mends its issuing certificate itself.
+fn load(state: &State) -> Result<(Directory, Known)> {
     let directory = Directory::open(&state.dir).context("no authority here; `weft-ca init` makes one")?;
-    let authority = Authority::load(&directory, SystemTime::now())?;
-    Ok((directory, authority))
+    let known = Known::read(&directory, SystemTime::now())?;
+    Ok((directory, known))
 }
 
-fn describe(authority: &Authority) -> serde_json::Value {
+fn describe(known: &Known) -> serde_json::Value {
+    let time = |at| format_rfc3339_seconds(at).to_string();
     serde_json::json!({
-        "trust_domain": authority.trust_domain(),
-        "root_sha256": authority.root_sha256(),
-        "roots": authority.roots().len(),
-        "root_not_after": format_rfc3339_seconds(authority.root_not_after()).to_string(),
-        "issuing_not_after": format_rfc3339_seconds(authority.issuing_not_after()).to_string(),
+        "trust_domain": known.trust_domain,
+        "root_sha256": known.root_sha256,
+        "roots": known.roots,
+        "root_not_after": time(known.root_not_after),
+        "issuing_not_after": known.issuing_not_after.map(time),
     })
 }
 

@@ -67,6 +67,23 @@ fn an_issuing_certificate_that_cannot_be_used_is_signed_anew_from_the_root() {
 }
 
 #[test]
+fn what_a_command_reads_mends_nothing() {
+    for bad in [None, Some(b"not PEM")] {
+        let (home, authority) = home();
+        home.directory.remove(ISSUING_FILE).unwrap();
+        if let Some(bytes) = bad {
+            home.directory.write(ISSUING_FILE, bytes).unwrap();
+        }
+        let known = Known::read(&home.directory, home.now).unwrap();
+        assert_eq!((known.root_sha256, known.issuing_not_after), (authority.root_sha256(), None));
+        assert_eq!(home.directory.read(ISSUING_FILE).unwrap().as_deref(), bad.map(|bytes| &bytes[..]));
+    }
+    let (home, authority) = home();
+    let known = Known::read(&home.directory, home.now).unwrap();
+    assert_eq!(known.issuing_not_after, Some(authority.issuing_not_after()));
+}
+
+#[test]
 fn the_wrong_root_in_a_directory_replaces_no_issuing_certificate() {
     for name in [ROOT_FILE, ROOTS_FILE] {
         let ((home, _), (other, _)) = (self::home(), self::home());
