@@ -37,7 +37,10 @@ fn main() -> ExitCode {
         Some(("exec", flags)) => run(flags, ADMIN_OF_EXEC, Place::Namespace(words(flags))),
         Some(("check", flags)) => {
             let as_json = flags.get_one::<String>("output").is_some_and(|format| format == "json");
-            with_config(flags, ADMIN_ON_HOST, |config| app::check(&config, as_json))
+            with_config(flags, ADMIN_ON_HOST, |config| {
+                let (text, code) = app::check(&config, as_json);
+                say(&text, code)
+            })
         }
         Some(("redirect", flags)) => redirect(flags),
         Some(("show", flags)) => show(flags),
@@ -155,10 +158,7 @@ fn run(flags: &ArgMatches, admin: SocketAddr, place: Place) -> ExitCode {
 fn redirect(flags: &ArgMatches) -> ExitCode {
     let done = RedirectCommand::from_arg_matches(flags).map_err(Into::into).and_then(RedirectCommand::run);
     match done {
-        Ok(text) => {
-            print!("{text}");
-            ExitCode::SUCCESS
-        }
+        Ok(text) => say(&text, ExitCode::SUCCESS),
         Err(error) => {
             complain(format_args!("{error:#}"));
             ExitCode::from(FAILED)
@@ -175,10 +175,7 @@ fn show(flags: &ArgMatches) -> ExitCode {
 fn ask(flags: &ArgMatches, method: Method, path: &str, body: Option<&Value>) -> ExitCode {
     let socket = flags.get_one::<PathBuf>("admin-socket").map(PathBuf::as_path).unwrap_or(Path::new(""));
     match app::ask(socket, method, path, body) {
-        Ok(answer) => {
-            println!("{answer:#}");
-            ExitCode::SUCCESS
-        }
+        Ok(answer) => say(&format!("{answer:#}\n"), ExitCode::SUCCESS),
         Err(error) => {
             complain(format_args!("{}: {error:#}", socket.display()));
             ExitCode::from(FAILED)
@@ -191,7 +188,18 @@ fn complain(what: std::fmt::Arguments<'_>) {
     let _ = writeln!(std::io::stderr(), "weft-sidecar: {what}");
 }
 
+/// Prints what was asked for. Who closes the pipe has read enough; what else cannot be written is told.
+fn say(text: &str, code: ExitCode) -> ExitCode {
+    let mut output = std::io::stdout();
+    match output.write_all(text.as_bytes()).and_then(|()| output.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            complain(format_args!("standard output: {error}"));
+            ExitCode::from(FAILED)
+        }
+        _ => code,
+    }
+}
+
 fn version() -> ExitCode {
-    println!("weft-sidecar {}", env!("CARGO_PKG_VERSION"));
-    ExitCode::SUCCESS
+    say(concat!("weft-sidecar ", env!("CARGO_PKG_VERSION"), "\n"), ExitCode::SUCCESS)
 }

@@ -44,3 +44,14 @@ fn a_sound_configuration_is_not_refused() {
     let output = weft.env_clear().args(["check", "--service", "orders"]).output().unwrap();
     assert_ne!(output.status.code(), Some(2), "{}", String::from_utf8_lossy(&output.stderr));
 }
+
+#[test]
+fn output_that_nobody_can_take_is_no_panic() {
+    for words in [&["version"][..], &["redirect", "plan"], &["check", "--service", "orders"]] {
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let output = Command::new(program("weft-sidecar")).args(words).stdout(full).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{words:?}: {said}");
+        assert!(said.contains("standard output: "), "{words:?}: {said}");
+    }
+}

@@ -24,19 +24,18 @@ use crate::{
 /// For everything that a check waits for.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Looks, prints, and says by the exit code whether anything is wrong.
-pub fn check(config: &Config, as_json: bool) -> ExitCode {
+/// Looks; what to print, and the exit code, which says whether anything is wrong.
+pub fn check(config: &Config, as_json: bool) -> (String, ExitCode) {
     let findings = match runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime.block_on(findings(config)),
         Err(error) => vec![Finding::wrong("runtime", error.to_string())],
     };
-    if as_json {
-        println!("{:#}", serde_json::json!(findings));
-    } else {
-        findings.iter().for_each(|finding| println!("{finding}"));
-    }
+    let text = match as_json {
+        true => format!("{:#}\n", serde_json::json!(findings)),
+        false => findings.iter().map(|finding| format!("{finding}\n")).collect(),
+    };
     let wrong = findings.iter().any(|finding| finding.outcome == Outcome::Wrong);
-    if wrong { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+    (text, if wrong { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 async fn findings(config: &Config) -> Vec<Finding> {

@@ -11,7 +11,7 @@ use super::PATIENCE;
 use crate::{
     admin,
     config::Config,
-    discovery::consul::{self, Examined},
+    discovery::consul::{self, Examined, Instances},
     redirect::Finding,
     telemetry::Metrics,
 };
@@ -35,7 +35,7 @@ pub(super) async fn findings(config: &Config) -> Vec<Finding> {
     let mut findings = vec![leader(&examined), permissions(&examined), guard(&examined, config)];
     findings.extend(clock(&examined));
     if examined.leader.is_some() {
-        findings.extend(instances(&examined));
+        findings.extend(instances(&examined.instances));
     }
     if registers {
         findings.push(registration(&examined, config).await);
@@ -96,10 +96,19 @@ fn clock(examined: &Examined) -> Option<Finding> {
 }
 
 /// Instances that no sidecar can read.
-fn instances(examined: &Examined) -> Vec<Finding> {
+fn instances(found: &Result<Instances, String>) -> Vec<Finding> {
     let subject = "services in Consul";
-    let found = &examined.instances;
+    let found = match found {
+        Ok(found) => found,
+        Err(why) => return vec![Finding::unknown(subject, format!("they cannot be read: {why}"))],
+    };
     let read = format!("{} of {} read", found.read, found.services);
+    if found.mistakes.is_empty() && found.read < found.services {
+        return vec![Finding::unknown(
+            subject,
+            format!("{read}, without a mistake; nobody looked at the rest"),
+        )];
+    }
     if found.mistakes.is_empty() {
         return vec![Finding::shown(subject, format!("{read}, without a mistake"))];
     }
@@ -147,5 +156,23 @@ async fn registration(examined: &Examined, config: &Config) -> Finding {
         }
         (Some(_), Some(own)) => Finding::shown(subject, format!("`{id}` is registered as {own}")),
         (Some(_), None) => Finding::shown(subject, format!("`{id}` is registered, without an identity")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::redirect::Outcome;
+
+    #[test]
+    fn services_that_nobody_looked_at_are_not_called_right() {
+        let of = |read, services| Ok(Instances { read, services, mistakes: Vec::new() });
+        for (found, expected) in [
+            (of(2, 2), Outcome::Shown),
+            (of(200, 201), Outcome::Unknown),
+            (Err("no permission".to_owned()), Outcome::Unknown),
+        ] {
+            assert_eq!(instances(&found)[0].outcome, expected, "{found:?}");
+        }
     }
 }

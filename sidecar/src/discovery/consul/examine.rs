@@ -34,7 +34,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub struct Instances {
     /// Services that were read.
     pub read: usize,
-    /// Services that there are.
+    /// Services that there are and that can be called by name.
     pub services: usize,
     /// What cannot be read in them, and so is left out by every sidecar; bounded.
     pub mistakes: Vec<String>,
@@ -55,8 +55,8 @@ pub struct Examined {
     pub missing: Vec<String>,
     /// Identities of our own service, by instance; or why they could not be read.
     pub own: Result<Vec<(String, Vec<SpiffeId>)>, String>,
-    /// What all services have registered.
-    pub instances: Instances,
+    /// What all services have registered; or why their names could not be read.
+    pub instances: Result<Instances, String>,
 }
 
 /// Asks Consul what `check` wants to know. `registers`: our workload is to be registered.
@@ -68,7 +68,7 @@ pub async fn examine(client: &Client, own: &ServiceName, registers: bool) -> Res
     let address = serde_json::from_slice::<String>(&leader.body).unwrap_or_default();
     let address = Some(address).filter(|address| !address.is_empty());
     // Without a leader Consul holds each question back for seconds, and answers none.
-    let instances = if address.is_some() { instances(client).await } else { Instances::default() };
+    let instances = if address.is_some() { instances(client).await } else { Ok(Instances::default()) };
     Ok(Examined {
         agent: client.shown(),
         leader: address,
@@ -76,7 +76,7 @@ pub async fn examine(client: &Client, own: &ServiceName, registers: bool) -> Res
         anybody_may_register: anybody_may_register(client, own).await,
         missing: missing(client, own, registers).await,
         own: own_instances(client, own).await.map_err(|error| error.text),
-        instances,
+        instances: instances.map_err(|error| error.text),
     })
 }
 
@@ -122,18 +122,19 @@ async fn reading(client: &Client, name: &ServiceName) -> Result<Reading, Error> 
 }
 
 /// Reads the instances of all services, as far as there is time.
-async fn instances(client: &Client) -> Instances {
+async fn instances(client: &Client) -> Result<Instances, Error> {
     let mut found = Instances::default();
     let path = "/v1/catalog/services?stale".to_owned();
     let question = Question { most: 64 * 1024 * 1024, ..Question::get(path, "") };
-    let Ok(answer) = client.ask(&question).await else { return found };
-    let names: BTreeMap<String, IgnoredAny> = serde_json::from_slice(&answer.body).unwrap_or_default();
+    let answer = client.ask(&question).await?;
+    let names: BTreeMap<String, IgnoredAny> = serde_json::from_slice(&answer.body)
+        .map_err(|_| health::explain::<BTreeMap<String, IgnoredAny>>("names of services", &answer.body))?;
+    // Others cannot be called by name, so nobody misses what they say.
+    let names: Vec<ServiceName> = names.keys().filter_map(|name| name.parse().ok()).collect();
     found.services = names.len();
     let all = async {
-        // Others cannot be called by name, so nobody misses what they say.
-        let named = names.keys().map(|name| name.parse::<ServiceName>());
-        for name in named.take(MAX_SERVICES).flatten() {
-            match reading(client, &name).await {
+        for name in names.iter().take(MAX_SERVICES) {
+            match reading(client, name).await {
                 Ok(reading) => found.mistakes.extend(reading.mistakes),
                 Err(error) => found.mistakes.push(error.text),
             }
@@ -146,7 +147,7 @@ async fn instances(client: &Client) -> Instances {
     // What was not read in time is missing in the count.
     let _ = timeout(PATIENCE, all).await;
     found.mistakes.truncate(MAX_MISTAKES);
-    found
+    Ok(found)
 }
 
 /// How many seconds this HTTP date is ahead of our clock.
@@ -157,7 +158,25 @@ pub(super) fn ahead(date: &str) -> Option<i64> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::fake, *};
+
+    #[tokio::test]
+    async fn what_could_not_be_asked_is_not_taken_for_empty() {
+        let names = r#"{"cart": [], "orders": [], "No Name": []}"#;
+        for (status, body, expected) in [
+            (500, "no", None),
+            (403, "Permission denied", None),
+            (200, "[1]", None),
+            (200, names, Some((2, 2))),
+        ] {
+            let answer = move |path: &str, _| match path.starts_with("/v1/catalog/services") {
+                true => Some((status, 1, body)),
+                false => Some((200, 1, "[]")),
+            };
+            let found = instances(&fake::agent(answer).await.0).await.ok();
+            assert_eq!(found.map(|found| (found.read, found.services)), expected, "{status} {body}");
+        }
+    }
 
     #[test]
     fn a_date_of_http_is_read() {
