@@ -317,7 +317,7 @@ impl Inbound {
         let copying =
             net::copy_both_ways(client, app, |count| record.sent(count), |count| record.received(count));
         tokio::select! {
-            ended = copying => ended.map_err(|broken| copying_broke(&broken)),
+            ended = copying => ended.map(|_| ()).map_err(|broken| copying_broke(&broken)),
             over = self.welcome_over(arrival, self.connector.expired_peers()) => Err(over),
         }
     }

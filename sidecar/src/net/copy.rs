@@ -52,7 +52,7 @@ pub enum BrokenSide {
 ///
 /// A reset after one side has ended is no error, though it is passed on: that is how a program closes a connection
 /// on which something came that it did not read, as servers of TLS do with the last alert of their clients. The reset
-/// may overtake that end.
+/// may overtake that end. Whose it was is given back.
 ///
 /// # Errors
 /// The first error of either direction.
@@ -61,7 +61,7 @@ pub async fn copy_both_ways(
     second: Stream,
     forth: impl FnMut(u64),
     back: impl FnMut(u64),
-) -> Result<(), Broken> {
+) -> Result<Option<BrokenSide>, Broken> {
     use BrokenSide::{First, Second};
     reset(&first);
     reset(&second);
@@ -79,23 +79,23 @@ pub async fn copy_both_ways(
             Err(broken) => Err(broken),
         }
     };
-    let was_reset = match ended {
-        Ok(Ok(())) => false,
-        Ok(Err(broken)) if is_reset(&broken.error) => true,
+    let was_reset_by = match ended {
+        Ok(Ok(())) => None,
+        Ok(Err(broken)) if is_reset(&broken.error) => Some(broken.side),
         Err(broken) if is_reset(&broken.error) => {
             let other = if broken.side == First { &mut second_read } else { &mut first_read };
             if !Box::pin(ends_now(other)).await {
                 return Err(broken);
             }
-            true
+            Some(broken.side)
         }
         Ok(Err(broken)) | Err(broken) => return Err(broken),
     };
-    if !was_reset {
+    if was_reset_by.is_none() {
         close_cleanly(&first_read.unsplit(first_write));
         close_cleanly(&second_read.unsplit(second_write));
     }
-    Ok(())
+    Ok(was_reset_by)
 }
 
 /// Has the other side of a TCP connection gone away without another word?
@@ -242,7 +242,8 @@ mod tests {
                 read_to_end(&mut ends).await.unwrap_err()
             };
             let (copied, seen) = tokio::join!(copying, talking);
-            copied.unwrap();
+            let by = if client_ends { BrokenSide::Second } else { BrokenSide::First };
+            assert_eq!(copied.unwrap(), Some(by));
             assert_eq!(seen.kind(), io::ErrorKind::ConnectionReset, "{client_ends}");
         }
     }
@@ -260,7 +261,8 @@ mod tests {
                 ends.shutdown().await.unwrap();
             };
             let (copied, ()) = tokio::join!(copy_both_ways(first, second, |_| {}, |_| {}), ending);
-            copied.unwrap();
+            let by = if client_ends { BrokenSide::Second } else { BrokenSide::First };
+            assert_eq!(copied.unwrap(), Some(by));
         }
     }
 

@@ -32,7 +32,7 @@ use crate::{
         retry::{self, Outcome, Verdict},
     },
     telemetry::Connection,
-    tls::{Alpn, VerifiedPeer},
+    tls::{self, Alpn, VerifiedPeer},
 };
 
 /// Longest wait for an address outside the mesh.
@@ -71,6 +71,8 @@ pub(super) struct Waiting<'a> {
     pub(super) heard: Option<Heard>,
     /// It has shut down its side.
     ended: bool,
+    /// Bytes of it were passed on in this attempt.
+    passed_on: bool,
 }
 
 /// Why an attempt has opened no tunnel.
@@ -133,6 +135,8 @@ impl Outbound {
             let mut picked = upstream.pick(only, &tried, Instant::now())?;
             let address = picked.address();
             record.endpoint(address);
+            // Whom the attempt before has met.
+            record.peer(None);
             upstream.metrics.attempt(why);
             let (failed, unprocessed) = match self
                 .attempt_tunnel(address, &known, &deadline, client, record)
@@ -193,6 +197,7 @@ impl Outbound {
         let started = Instant::now();
         let by_policy = deadline.attempt(known.policy.timeouts.attempt, started);
         let longest = started + OPENING_TIMEOUT;
+        client.begin_attempt();
         let at = by_policy.map_or(longest, |at| at.min(longest));
         let opening = async {
             let (mut stream, peer) = client.unless_http(self.connect(address, known)).await??;
@@ -203,9 +208,8 @@ impl Outbound {
             };
             Ok(Opened { stream, peer, passed })
         };
-        timeout_at(at, opening)
-            .await
-            .unwrap_or_else(|_| Err(no_answer(deadline, at, address, started).into()))
+        let opened = timeout_at(at, opening).await;
+        opened.unwrap_or_else(|_| Err(client.timed_out(no_answer(deadline, at, address, started))))
     }
 
     async fn connect(&self, address: SocketAddr, known: &Known) -> Result<(Stream, Option<VerifiedPeer>)> {
@@ -237,19 +241,21 @@ impl Outbound {
                 over = self.trust_over(peer.as_ref()) => return Err(over),
             }
         };
-        let broken = ended.err();
         if let Some(judged) = &mut judged {
-            match broken.as_ref().map(|broken| broken.side) {
-                Some(BrokenSide::Second) if !judged.has_spoken => self.speak_against(judged),
+            match ended.as_ref().map_err(|broken| broken.side) {
+                // After the client's end too: the endpoint has given nothing.
+                Ok(Some(BrokenSide::Second)) | Err(BrokenSide::Second) if !judged.has_spoken => {
+                    self.speak_against(judged);
+                }
                 // The client has gone: nothing is known of the endpoint.
-                Some(BrokenSide::First) => {}
+                Err(BrokenSide::First) => {}
                 _ => judged.has_spoken(),
             }
         }
-        match broken {
-            None => Ok(()),
-            Some(broken) if broken.side == BrokenSide::First => Err(client_broke(&broken.error)),
-            Some(broken) => Err(Failed::new(Failure::Reset, broken.error.to_string())),
+        match ended {
+            Ok(_) => Ok(()),
+            Err(broken) if broken.side == BrokenSide::First => Err(client_broke(&broken.error)),
+            Err(broken) => Err(Failed::new(Failure::Reset, broken.error.to_string())),
         }
     }
 
@@ -296,12 +302,22 @@ impl Judged {
 impl<'a> Waiting<'a> {
     /// A client that has said nothing.
     pub(super) fn silent(stream: &'a mut Stream) -> Self {
-        Waiting { stream, silent: true, heard: None, ended: false }
+        Waiting { stream, silent: true, heard: None, ended: false, passed_on: false }
     }
 
     /// A client that may say what it likes: it is known what it speaks.
     pub(super) fn known(stream: &'a mut Stream) -> Self {
-        Waiting { stream, silent: false, heard: None, ended: false }
+        Waiting { stream, silent: false, heard: None, ended: false, passed_on: false }
+    }
+
+    /// The attempt before has left nothing behind: its end is met again, and what it said is read once more.
+    fn begin_attempt(&mut self) {
+        (self.ended, self.passed_on) = (false, false);
+    }
+
+    /// An attempt took too long. The app has seen nothing if nothing was passed on.
+    fn timed_out(&self, failed: Failed) -> Unopened {
+        Unopened::Failed { failed, unprocessed: !self.passed_on }
     }
 
     /// A silent client has spoken.
@@ -346,7 +362,10 @@ impl<'a> Waiting<'a> {
                             self.ended = true;
                             broken = server.shutdown().await.is_err();
                         }
-                        Either::Right(Ok(_)) => broken = pass_on(server, &kept[passed..]).await.is_err(),
+                        Either::Right(Ok(_)) => {
+                            self.passed_on = true;
+                            broken = pass_on(server, &kept[passed..]).await.is_err();
+                        }
                         Either::Right(Err(error)) => return Err(client_broke(&error).into()),
                     }
                 }
@@ -358,12 +377,8 @@ impl<'a> Waiting<'a> {
                 let detail = format!("{address}: its sidecar says that the app takes no connection");
                 Unopened::Failed { failed: Failed::new(Failure::AppRefused, detail), unprocessed: true }
             }
-            Err(error) => {
-                let failed = Failed::new(Failure::Reset, format!("{address}: {error}"));
-                Unopened::Failed { failed, unprocessed: kept.is_empty() }
-            }
+            Err(error) => not_confirmed(address, &error, self.passed_on),
         };
-        self.ended = false;
         if !kept.is_empty() {
             self.stream.unread(kept.freeze());
         }
@@ -395,6 +410,18 @@ impl<'a> Waiting<'a> {
             over = outbound.trust_over(peer) => Err(over),
         }
     }
+}
+
+/// The server's side ended before the word of its sidecar. TLS 1.3: its verdict on our certificate comes after we thought
+/// the handshake done, and whoever refuses it reads nothing of what was passed on.
+fn not_confirmed(address: SocketAddr, error: &io::Error, passed_on: bool) -> Unopened {
+    let refused = tls::refused_by_peer(error);
+    let (failure, why) = match refused {
+        true => (Failure::Handshake, "it refuses our certificate: "),
+        false => (Failure::Reset, ""),
+    };
+    let failed = Failed::new(failure, format!("{address}: {why}{error}"));
+    Unopened::Failed { failed, unprocessed: refused || !passed_on }
 }
 
 /// What a client does next: a silent one begins to speak, of another one some bytes are read. Cancel safe.
@@ -437,3 +464,6 @@ fn again(
     let (policy, budget) = (&known.policy.retries, &mut upstream.budget());
     retry::decide(policy, &attempt, budget, &mut fastrand::Rng::new(), now, SystemTime::now())
 }
+
+#[cfg(test)]
+mod tests;
