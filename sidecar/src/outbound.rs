@@ -347,8 +347,8 @@ async fn stopping(draining: &mut Draining) -> Failed {
 fn security(target: &Target) -> telemetry::Security {
     match target {
         Target::Service(upstream) | Target::Endpoint(upstream, _) => match upstream.known().security {
-            // What is forbidden is not made in plaintext.
-            connect::Security::Mesh(_) | connect::Security::Forbidden => telemetry::Security::MutualTls,
+            connect::Security::Mesh(_) => telemetry::Security::MutualTls,
+            connect::Security::Forbidden => telemetry::Security::Forbidden,
             connect::Security::Plain => telemetry::Security::Plaintext,
         },
         Target::Outside(_) => telemetry::Security::Plaintext,

@@ -41,6 +41,8 @@ pub enum Security {
     Plaintext,
     /// The app's own TLS, passed through.
     TlsPassthrough,
+    /// It leads nowhere: it would be plaintext, which is forbidden.
+    Forbidden,
 }
 
 /// All metrics of the sidecar.
@@ -95,6 +97,7 @@ impl Security {
             Security::MutualTls => "mtls",
             Security::Plaintext => "plaintext",
             Security::TlsPassthrough => "tls_passthrough",
+            Security::Forbidden => "forbidden",
         }
     }
 }
