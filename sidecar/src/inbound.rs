@@ -13,7 +13,13 @@ pub use app_address::AppAddress;
 pub use arrival::{Arrival, Caller};
 pub use delivery::{Delivery, Meaning};
 
-use std::{io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
 
 use hyper::{Request, body::Incoming};
 use tokio::{
@@ -40,6 +46,10 @@ const SILENCE: Duration = Duration::from_millis(20);
 /// A strict port waits this long for the TLS of a client.
 const STRICT_SILENCE: Duration = Duration::from_secs(10);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// A client whose first words take longer is counted among the silent ones.
+const AT_ONCE: Duration = Duration::from_millis(40);
+/// The same for a handshake, which takes the network's time and that of our processor.
+const HANDSHAKE_AT_ONCE: Duration = Duration::from_secs(1);
 
 /// What a worker needs for the traffic that reaches the app.
 pub struct Inbound {
@@ -98,12 +108,17 @@ impl Inbound {
         let (caller, upgrade, cut) = (Caller::Plaintext, Upgrade::default(), record.cut().clone());
         let arrival = Arrival { caller, client, meant, app, upgrade, cut };
         let mut stream = Stream::from(tcp);
-        let mut ahead =
-            detect::read_ahead(&mut stream, SILENCE).await.map_err(|error| client_broke(&error))?;
-        if ahead.is_silence() && self.delivery.mutual_tls(meant.port()) == MutualTls::Strict {
-            let speaking = detect::read_ahead(&mut stream, STRICT_SILENCE);
-            ahead = self.silent.wait(client.ip(), speaking).await?.map_err(|error| client_broke(&error))?;
-        }
+        let ahead = {
+            let speaking = pin!(async {
+                let ahead = detect::read_ahead(&mut stream, SILENCE).await?;
+                if ahead.is_silence() && self.delivery.mutual_tls(meant.port()) == MutualTls::Strict {
+                    return detect::read_ahead(&mut stream, STRICT_SILENCE).await;
+                }
+                Ok(ahead)
+            });
+            let ahead = self.silent.wait_beyond(AT_ONCE, client.ip(), speaking).await?;
+            ahead.map_err(|error| client_broke(&error))?
+        };
         self.heard(stream, ahead, arrival, draining, record).await
     }
 
@@ -153,7 +168,10 @@ impl Inbound {
         let Some(credentials) = self.credentials.borrow().clone() else {
             return Err(Failed::new(Failure::NoIdentity, "a peer came and we have no valid certificate"));
         };
-        let accepted = timeout(HANDSHAKE_TIMEOUT, tls::accept(stream, &credentials)).await;
+        let accepted = {
+            let accepting = pin!(timeout(HANDSHAKE_TIMEOUT, tls::accept(stream, &credentials)));
+            self.silent.wait_beyond(HANDSHAKE_AT_ONCE, arrival.client.ip(), accepting).await?
+        };
         let (stream, peer, alpn) = match accepted {
             Ok(accepted) => accepted?,
             Err(_) => return Err(Failed::new(Failure::ClientTimeout, "the TLS handshake took too long")),
@@ -216,14 +234,18 @@ impl Inbound {
         let mut stop = draining.clone();
         let speaking = async {
             tokio::select! {
-                spoken = timeout(limit, detect::client_speaks(&mut stream)) => spoken.ok(),
+                spoken = timeout(limit, detect::client_speaks(&mut stream)) => Some(spoken),
                 () = stop.started() => None,
             }
         };
         match self.silent.wait(arrival.client.ip(), speaking).await? {
-            Some(Ok(ahead)) => Box::pin(self.heard(stream, ahead, arrival, draining, record)).await,
-            Some(Err(error)) => Err(client_broke(&error)),
-            None => Ok(()),
+            Some(Ok(Ok(ahead))) => Box::pin(self.heard(stream, ahead, arrival, draining, record)).await,
+            Some(Ok(Err(error))) => Err(client_broke(&error)),
+            Some(Err(_)) if version == HttpVersion::Http2 => {
+                Err(Failed::new(Failure::ClientTimeout, "the preface of HTTP/2 did not come"))
+            }
+            // HTTP/1 may be idle before its first request as behind it.
+            Some(Err(_)) | None => Ok(()),
         }
     }
 

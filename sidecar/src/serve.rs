@@ -12,18 +12,23 @@ use nix::errno::Errno;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
+    time::Instant,
 };
 
 use crate::{drain::Draining, net};
 
 /// Pause after `accept` failed for want of descriptors or memory, so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// That clients wait is told of again after this long.
+const WAITS_AGAIN: Duration = Duration::from_secs(60);
 
 /// What an accept loop tells of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Incident {
     /// The cap of connections is reached; this client's connection was closed.
     Full(SocketAddr),
+    /// The cap of connections is reached; this client's connection waits, and those behind it. Told once a minute.
+    Waits(SocketAddr),
     /// This process may have no more descriptors (`RLIMIT_NOFILE`), or the system has none: the connection waits.
     NoDescriptor,
     /// The task of this client's connection ended with a panic: a bug of ours.
@@ -70,6 +75,7 @@ pub async fn accept_within<Handle, Handling>(
     }
     // A spell of failures is told of once: clients decide how long it is.
     let mut is_told = false;
+    let mut waits_told: Option<Instant> = None;
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -93,10 +99,16 @@ pub async fn accept_within<Handle, Handling>(
         };
         let place = match places.clone().try_acquire_owned() {
             Ok(place) => place,
-            Err(_) if when_full == WhenFull::Wait => tokio::select! {
-                Ok(place) = places.clone().acquire_owned() => place,
-                () = stop.started() => return,
-            },
+            Err(_) if when_full == WhenFull::Wait => {
+                if waits_told.is_none_or(|told| told.elapsed() >= WAITS_AGAIN) {
+                    waits_told = Some(Instant::now());
+                    tell(Incident::Waits(client));
+                }
+                tokio::select! {
+                    Ok(place) = places.clone().acquire_owned() => place,
+                    () = stop.started() => return,
+                }
+            }
             Err(_) => {
                 tell(Incident::Full(client));
                 continue;

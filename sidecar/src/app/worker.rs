@@ -99,7 +99,7 @@ fn taken_over(listeners: Vec<StdListener>) -> Vec<TcpListener> {
     listeners.into_iter().filter_map(take).collect()
 }
 
-/// What an accept loop met. A connection over the cap is refused like any other; where descriptors run out, those of
+/// What an accept loop met. A connection over the cap is refused like any other, or waits, of which the log tells; where descriptors run out, those of
 /// some connections that nobody uses are freed; a panic is a bug of ours, which the record of the connection has counted.
 fn tell(
     shared: &Arc<Shared>,
@@ -113,6 +113,12 @@ fn tell(
             let full = Failed::new(Failure::Overloaded, "the bound of connections at a time is reached");
             telemetry.connection(direction, client).fail(full);
         }
+        Incident::Waits(client) => tracing::warn!(
+            %client,
+            direction = direction.label(),
+            "clients wait, as the bound of connections at a time is reached and the limit of open files allows no more. \
+             Raise the hard limit (`ulimit -Hn`, LimitNOFILE=), or lower --idle-timeout"
+        ),
         Incident::Panicked(client) => {
             tracing::error!(%client, direction = direction.label(), "the task of a connection panicked");
         }

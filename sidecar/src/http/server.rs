@@ -2,7 +2,7 @@
 
 use std::{
     future::Future,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -178,12 +178,13 @@ where
             None => std::future::pending().await,
         }
     };
+    let mut stop = pin!(stop);
     let ended = tokio::select! {
         biased;
         ended = serving.as_mut() => ended,
         () = timer.keep_time() => return Ok(()),
         () = looking => return Ok(()),
-        why = stop => {
+        why = stop.as_mut() => {
             serving.as_mut().graceful_shutdown();
             let ending = async {
                 tokio::select! {
@@ -210,7 +211,10 @@ where
             // Boxed, as it is rare.
             let lingering = connection.into_parts().map(|parts| Box::pin(linger(parts.io.into_inner())));
             if let Some(lingering) = lingering {
-                lingering.await;
+                tokio::select! {
+                    () = lingering => {}
+                    _ = stop => {}
+                }
             }
             Ok(())
         }
@@ -218,7 +222,7 @@ where
             let mut failed = client_failure(&error);
             let stream = connection.into_parts().map(|parts| parts.io.into_inner());
             if let Some(target) = stream.as_ref().and_then(|stream| unreadable_target(stream.noted())) {
-                failed.detail = format!("{}, the target {target:?}", failed.detail);
+                failed.detail = format!("{}, {target}", failed.detail);
             }
             Err(failed)
         }
@@ -331,7 +335,7 @@ fn http2(limits: &HttpLimits) -> hyper::server::conn::http2::Builder<TokioExecut
     builder
 }
 
-/// The target of a request line among these bytes that is no URI.
+/// The target of a request line among these bytes that is no URI, without its query: that may hold secrets.
 fn unreadable_target(bytes: &[u8]) -> Option<String> {
     let mut lines = bytes.split(|byte| *byte == b'\n').peekable();
     while let Some(line) = lines.next() {
@@ -342,7 +346,9 @@ fn unreadable_target(bytes: &[u8]) -> Option<String> {
             && version.map_or(is_cut, |version| version.starts_with(b"HTTP/"))
             && Uri::try_from(target).is_err()
         {
-            return Some(String::from_utf8_lossy(target).into_owned());
+            let path = target.split(|byte| *byte == b'?').next().unwrap_or_default();
+            let place = if Uri::try_from(path).is_ok() { ", in its query" } else { "" };
+            return Some(format!("the target {:?}{place}", String::from_utf8_lossy(path)));
         }
     }
     None
@@ -370,13 +376,15 @@ mod tests {
 
     #[test]
     fn a_target_that_cannot_be_read_is_found() {
-        let cases: [(&[u8], Option<&str>); 8] = [
-            (b"GET /a<b HTTP/1.1\r\nHost: orders\r\n\r\n", Some("/a<b")),
-            (b"GET /?q=\"1\" HTTP/1.1\r\n", Some("/?q=\"1\"")),
-            (b"GET /\xff HTTP/1.1\r\n", Some("/\u{fffd}")),
+        let cases: [(&[u8], Option<&str>); 9] = [
+            (b"GET /a<b HTTP/1.1\r\nHost: orders\r\n\r\n", Some("the target \"/a<b\"")),
+            // a query may hold secrets
+            (b"GET /a?token=secret&q=\"1\" HTTP/1.1\r\n", Some("the target \"/a\", in its query")),
+            (b"GET /a`b?token=secret HTTP/1.1\r\n", Some("the target \"/a`b\"")),
+            (b"GET /\xff HTTP/1.1\r\n", Some("the target \"/\u{fffd}\"")),
             // behind another request, and too long for what was noted
-            (b"GET /a HTTP/1.1\r\nHost: a\r\n\r\nGET /b`c HTTP/1.1\r\n", Some("/b`c")),
-            (b"GET /a`and-so-on", Some("/a`and-so-on")),
+            (b"GET /a HTTP/1.1\r\nHost: a\r\n\r\nGET /b`c HTTP/1.1\r\n", Some("the target \"/b`c\"")),
+            (b"GET /a`and-so-on", Some("the target \"/a`and-so-on\"")),
             (b"GET /a HTTP/1.1\r\nX: <a> b\r\nReferer: http://<a>\r\n\r\n", None),
             (b"no request", None),
             (b"", None),

@@ -1,12 +1,16 @@
-//! Connections on which nobody has said anything yet: how many may wait at a time, from one source and altogether, so
-//! that a source that only opens connections keeps nobody else out. Who speaks at once is never counted here.
+//! Connections on which nobody has said anything yet, or not enough to tell what they are: how many may wait at a time,
+//! from one source and altogether, so that a source that only opens connections keeps nobody else out. Who speaks at
+//! once is never counted here.
 
 use std::{
     collections::HashMap,
     future::Future,
     net::{IpAddr, Ipv6Addr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
+
+use tokio::time::timeout;
 
 use crate::model::{Failed, Failure, Result};
 
@@ -49,13 +53,30 @@ impl SilentLimit {
         Ok(speaking.await)
     }
 
+    /// The same for what mostly comes at once: it is counted only from then on.
+    ///
+    /// # Errors
+    /// `overloaded` where it does not come at once, and too many wait already.
+    pub async fn wait_beyond<T>(
+        &self,
+        at_once: Duration,
+        client: IpAddr,
+        mut speaking: impl Future<Output = T> + Unpin,
+    ) -> Result<T> {
+        match timeout(at_once, &mut speaking).await {
+            Ok(spoken) => Ok(spoken),
+            Err(_) => self.wait(client, speaking).await,
+        }
+    }
+
     fn enter(&self, client: IpAddr) -> Result<Silent<'_>> {
         let source = source_of(client);
         let mut waiting = self.waiting();
         let of_this = waiting.by_source.get(&source).copied().unwrap_or(0);
         if of_this >= self.of_a_source || waiting.all >= self.of_all {
             let detail = format!(
-                "{of_this} connections from {source} and {} of all wait without a word; more are not taken",
+                "{of_this} connections from {source} and {} of all wait without a word, or stopped within their first; more are \
+                 not taken",
                 waiting.all
             );
             return Err(Failed::new(Failure::Overloaded, detail));
@@ -131,6 +152,21 @@ mod tests {
         assert!(waits(&limit, "10.0.0.1").is_some());
         assert!(limit.waiting().by_source.is_empty() && limit.waiting().all == 0);
         assert!(limit.wait(address("10.0.0.1"), ready(())).now_or_never().unwrap().is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_comes_at_once_is_not_counted_and_what_does_not_is() {
+        let limit = SilentLimit::new(0);
+        let held: Vec<_> = (0..AT_LEAST).map(|_| waits(&limit, "10.0.0.1").expect("a place")).collect();
+        let at_once = Duration::from_millis(40);
+        let comes = |after| Box::pin(tokio::time::sleep(after));
+        let client = address("10.0.0.1");
+        assert!(limit.wait_beyond(at_once, client, comes(at_once / 2)).await.is_ok());
+        let late = limit.wait_beyond(at_once, client, comes(at_once * 2)).await;
+        assert_eq!(late.unwrap_err().failure, Failure::Overloaded);
+        drop(held);
+        assert!(limit.wait_beyond(at_once, client, comes(at_once * 2)).await.is_ok());
+        assert_eq!(limit.waiting().all, 0);
     }
 
     #[test]

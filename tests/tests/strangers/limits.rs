@@ -8,6 +8,7 @@ use std::{
 
 use weft_tests::{Mesh, Need, Pod, Sidecar, can_run, pause, until};
 
+use crate::peers::hello;
 use crate::wire::{
     CONTINUATION, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, RST_STREAM, Recorder, SETTINGS, dial,
     exchange, frame, get, preface, read_to_close, read_until,
@@ -133,6 +134,17 @@ fn a_preface_that_does_not_come_is_not_waited_for() {
     stream.write_all(b"PRI * HTTP/2.0\r\n").unwrap();
     read_to_close(&mut stream);
     place.counted("client_timeout");
+    // nor is one that has not begun
+    let connections = || {
+        let lines = place.sidecar.access_log();
+        lines
+            .iter()
+            .filter(|line| line["failure"] == "client_timeout" && line["kind"] == "connection")
+            .count()
+    };
+    until("the first is told of", || connections() == 1);
+    read_to_close(&mut place.dial());
+    until("the silent one is told of", || connections() == 2);
 }
 
 #[test]
@@ -163,6 +175,23 @@ fn connections_that_say_nothing_leave_room_for_others() {
         let mut answer = [0; 12];
         first.read_exact(&mut answer).unwrap();
         assert_eq!(&answer, b"HTTP/1.1 200");
+    }
+}
+
+#[test]
+fn connections_that_stop_within_their_first_words_leave_room_for_others() {
+    for words in [vec![0x16], hello()] {
+        let Some(place) = place(&["--max-connections", "100"]) else { return };
+        let say = || {
+            let mut stream = place.dial();
+            let _ = stream.write_all(&words);
+            stream
+        };
+        let _begun: Vec<TcpStream> = (0..90).map(|_| say()).collect();
+        let line = place.sidecar.wait_for_failure("overloaded", &["or stopped within their first"]);
+        assert_eq!(line["kind"], "connection", "{line}");
+        let _more: Vec<TcpStream> = (0..20).map(|_| say()).collect();
+        place.others_are_served();
     }
 }
 

@@ -174,7 +174,7 @@ fn floods_of_a_peer_cost_no_memory_and_delay_nobody() {
 }
 
 /// The ClientHello of a peer's sidecar.
-fn hello() -> Vec<u8> {
+pub(crate) fn hello() -> Vec<u8> {
     let config = ClientConfig::builder_with_provider(Arc::new(default_provider()))
         .with_safe_default_protocol_versions()
         .unwrap()
