@@ -381,12 +381,12 @@ impl Inbound {
     /// # Errors
     /// As for a request from outside.
     pub async fn lend_own(&self, arrival: &Arrival) -> Result<Lease> {
-        self.permit(arrival)?;
-        self.lend_alone(arrival).await
+        let permit = self.permit(arrival)?;
+        self.lend_alone(arrival, &permit).await
     }
 
     /// An HTTP/1 connection to the app that is not kept.
-    async fn lend_alone(&self, arrival: &Arrival) -> Result<Lease> {
+    async fn lend_alone(&self, arrival: &Arrival, _permit: &Permit) -> Result<Lease> {
         let lend = |address| async move {
             connect::one_off(&self.connector, &app_key(address, HttpVersion::Http1), APP_TIMEOUT).await
         };

@@ -112,17 +112,18 @@ impl State {
         is_probe
     }
 
-    /// The answer of the probe has begun.
-    pub(super) fn probe_answered(&mut self) {
-        if let Some(probe) = self.out.as_mut().and_then(|out| out.probe.as_mut()) {
+    /// The answer of the probe sent at `started` has begun. It says nothing of a newer probe.
+    pub(super) fn probe_answered(&mut self, started: Instant) {
+        let probe = self.out.as_mut().and_then(|out| out.probe.as_mut());
+        if let Some(probe) = probe.filter(|probe| probe.since == started) {
             probe.has_answered = true;
         }
     }
 
-    /// The probe is over, with a verdict or without.
-    pub(super) fn probe_ended(&mut self) {
+    /// The probe sent at `started` is over, with a verdict or without. A newer one goes on.
+    pub(super) fn probe_ended(&mut self, started: Instant) {
         if let Some(out) = &mut self.out {
-            out.probe = None;
+            out.probe = out.probe.filter(|probe| probe.since != started);
         }
     }
 
@@ -229,12 +230,31 @@ mod tests {
             assert!(state.chosen(now));
             assert!(!state.is_usable(now) && !state.chosen(now), "a second probe");
             assert!(state.is_usable(now + ejected.0), "the probe takes longer than the ejection took");
-            state.probe_ended();
+            state.probe_ended(now);
             assert!(state.is_usable(now), "the probe's client went away");
             assert!(state.chosen(now));
         }
         state.succeeded(now, now);
         assert_eq!(state.condition(now), Condition::Closed);
+    }
+
+    #[test]
+    fn an_older_probe_neither_ends_a_newer_one_nor_vouches_for_it() {
+        let now = Instant::now();
+        for (which, is_over, proves) in [("older", false, false), ("newer", true, true)] {
+            let mut state = State::default();
+            let (lasts, _) = (0..3).find_map(|_| fail(&mut state, now)).unwrap();
+            let (older, newer) = (now + lasts, now + lasts * 2);
+            assert!(state.chosen(older) && state.chosen(newer), "the first takes too long");
+            let started = if which == "older" { older } else { newer };
+            let mut ended = state;
+            ended.probe_ended(started);
+            assert_eq!(ended.is_usable(newer), is_over, "the {which} one ends");
+            state.probe_answered(started);
+            state.chosen(newer + lasts);
+            let expected = if proves { Condition::Closed } else { Condition::HalfOpen };
+            assert_eq!(state.condition(newer + lasts), expected, "the {which} one answers");
+        }
     }
 
     #[test]

@@ -150,7 +150,7 @@ impl Endpoints {
         if let Some(entry) = self.entry(ticket) {
             entry.load.observe(ticket.latency(now), now);
             if ticket.is_probe {
-                entry.breaker.probe_answered();
+                entry.breaker.probe_answered(ticket.started);
             }
         }
     }
@@ -308,7 +308,7 @@ impl Entry {
     fn over(&mut self, ticket: Ticket) {
         self.in_flight = self.in_flight.saturating_sub(1);
         if ticket.is_probe {
-            self.breaker.probe_ended();
+            self.breaker.probe_ended(ticket.started);
         }
     }
 

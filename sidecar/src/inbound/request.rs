@@ -94,13 +94,13 @@ impl Inbound {
         record.inject(&record.trace().clone(), request.headers_mut());
         if http::wants_upgrade(&request) {
             http::frame_for_upgrade(&mut request, authority, || authority_of(arrival))?;
-            let (response, in_use, left_http) = Box::pin(self.upgrade(request, arrival, permit)).await?;
+            let (response, in_use, left_http) = Box::pin(self.upgrade(request, arrival, &permit)).await?;
             return Ok(Answered { response, in_use, place, deadline: None, left_http });
         }
         let absolute = claims.absolute.or_else(|| headers::absolute_scheme(&request));
         headers::remove_per_hop(request.headers_mut());
         headers::frame_for(&mut request, version, authority, absolute, || authority_of(arrival))?;
-        let sending = self.send(request, arrival, version, permit);
+        let sending = self.send(request, arrival, version, &permit);
         let (response, in_use) = match deadline {
             None => sending.await?,
             Some(at) => tokio::time::timeout_at(at, sending).await.map_err(|_| {
@@ -120,7 +120,7 @@ impl Inbound {
         request: Request<Body>,
         arrival: &Arrival,
         version: HttpVersion,
-        _permit: Permit,
+        permit: &Permit,
     ) -> Result<(Response<Body>, InUse)> {
         let lend = |address| async move { self.pool.lend(&app_key(address, version), APP_TIMEOUT).await };
         let lease = arrival.app.reach(lend).await.map_err(as_app)?;
@@ -132,14 +132,19 @@ impl Inbound {
         };
         match again {
             Some(request) if failed.failed.failure == Failure::Reset => {
-                Box::pin(self.send_again(request, arrival)).await
+                Box::pin(self.send_again(request, arrival, permit)).await
             }
             _ => Err(app_failed(failed)),
         }
     }
 
-    async fn send_again(&self, request: Request<Body>, arrival: &Arrival) -> Result<(Response<Body>, InUse)> {
-        let lease = self.lend_alone(arrival).await?;
+    async fn send_again(
+        &self,
+        request: Request<Body>,
+        arrival: &Arrival,
+        permit: &Permit,
+    ) -> Result<(Response<Body>, InUse)> {
+        let lease = self.lend_alone(arrival, permit).await?;
         lease.send(request).await.map_err(app_failed)
     }
 
@@ -148,11 +153,11 @@ impl Inbound {
         &self,
         mut request: Request<Body>,
         arrival: &Arrival,
-        _permit: Permit,
+        permit: &Permit,
     ) -> Result<(Response<Body>, InUse, bool)> {
         let method = request.method().clone();
         let client = hyper::upgrade::on(&mut request);
-        let lease = self.lend_alone(arrival).await?;
+        let lease = self.lend_alone(arrival, permit).await?;
         let (mut response, in_use) = lease.send(request).await.map_err(app_failed)?;
         let left_http = http::left_http(&method, response.status());
         if left_http {
