@@ -19,7 +19,7 @@ use super::{
     build::Sockets,
     publication::Publication,
     sources::{start_dns, start_faces, start_sources},
-    stop::{asked, drain, running, signals, threads_gone},
+    stop::{FAILED, asked, drain, running, signals, threads_gone},
     worker,
 };
 /// After this long the log says what is still missing for readiness.
@@ -41,11 +41,6 @@ impl Parts {
             admin_socket_file: _removed_at_the_end,
             delivery,
         } = sockets;
-        let (tasks, stop) = (shared.tasks.clone(), drain_asked.clone());
-        tokio::spawn(async move {
-            tasks.died().await;
-            stop.notify_one();
-        });
         start_sources(&shared, senders, span_export);
         start_dns(&shared, dns_udp, dns_tcp)?;
         let admin_address = admin.local_addr()?;
@@ -73,20 +68,20 @@ impl Parts {
         let mut publication = Publication::none();
         let early = tokio::select! {
             () = ready(&shared) => None,
-            end = asked(&mut signals, &drain_asked) => Some(end),
+            end = asked(&mut signals, &drain_asked, &shared.tasks) => Some(end),
         };
         let end = match early {
             Some(end) => end,
             None => {
                 publication = Publication::of(&shared);
-                running(command.as_deref(), &mut publication, &mut signals, &drain_asked).await
+                running(command.as_deref(), &mut publication, &mut signals, &drain_asked, &shared.tasks).await
             }
         };
         let code = drain(&shared, drains, publication, command.as_deref(), end, &mut signals).await;
         threads_gone(threads).await;
         shared.telemetry.flush(FLUSH_PATIENCE).await;
         // Whoever started us shall start us again.
-        Ok(if code == 0 && shared.tasks.is_one_dead() { 1 } else { code })
+        Ok(if shared.tasks.is_one_dead() { FAILED } else { code })
     }
 }
 

@@ -2,23 +2,31 @@
 //! time, until peers have heard; let inbound requests finish; then tell the command to stop, whose last calls still
 //! go out; at last outbound.
 
-use std::{io, process::ExitStatus, sync::Arc, thread::JoinHandle, time::Duration};
+use std::{fs::File, io, process::ExitStatus, sync::Arc, thread, time::Duration};
 
 use anyhow::Result;
-use nix::sys::signal::Signal;
+use nix::{
+    errno::Errno,
+    sys::signal::Signal,
+    unistd::{getpgrp, tcgetpgrp},
+};
 use tokio::{
     net::TcpStream,
     signal::unix::{SignalKind, signal},
     sync::{Notify, mpsc},
-    time::{Instant, sleep, sleep_until, timeout, timeout_at},
+    task::JoinHandle,
+    time::{Instant, sleep, timeout, timeout_at},
 };
 
 use super::{
     Drains, Shared,
     publication::{Publication, app_addresses},
+    tasks::Tasks,
 };
 use crate::redirect::Namespace;
 
+/// How long the settle time waits for the registry. One that hangs is waited for beside all else.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
 /// How long the command may take to stop after its signal.
 const COMMAND_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the kernel may take to end a command that was killed.
@@ -31,7 +39,7 @@ const APP_GONE_POLL: Duration = Duration::from_millis(200);
 /// What a shell says of a command that is not there, and of one that cannot be executed (POSIX, 2.8.2).
 const NOT_FOUND: u8 = 127;
 const NOT_EXECUTABLE: u8 = 126;
-const FAILED: u8 = 1;
+pub(super) const FAILED: u8 = 1;
 
 /// Why the sidecar ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,7 +48,7 @@ pub(super) enum End {
     Asked(Signal),
     /// The command ended by itself or could not be started: with this exit code.
     Command(u8),
-    /// What the sidecar needs is not to be had.
+    /// What the sidecar needs is not to be had, or is gone.
     Failed,
 }
 
@@ -50,6 +58,7 @@ pub(super) async fn running(
     publication: &mut Publication,
     signals: &mut mpsc::Receiver<Signal>,
     drain_asked: &Notify,
+    tasks: &Tasks,
 ) -> End {
     let living = async {
         if let Some(command) = command
@@ -80,12 +89,12 @@ pub(super) async fn running(
     };
     tokio::select! {
         end = living => end,
-        end = asked(signals, drain_asked) => end,
+        end = asked(signals, drain_asked, tasks) => end,
     }
 }
 
-/// Waits until somebody asks for the end.
-pub(super) async fn asked(signals: &mut mpsc::Receiver<Signal>, drain_asked: &Notify) -> End {
+/// Waits until somebody asks for the end, or a task is missing.
+pub(super) async fn asked(signals: &mut mpsc::Receiver<Signal>, drain_asked: &Notify, tasks: &Tasks) -> End {
     tokio::select! {
         signal = signals.recv() => {
             tracing::info!(?signal, "asked to stop");
@@ -95,6 +104,7 @@ pub(super) async fn asked(signals: &mut mpsc::Receiver<Signal>, drain_asked: &No
             tracing::info!("asked to stop over the admin socket");
             End::Asked(Signal::SIGTERM)
         }
+        () = tasks.died() => End::Failed,
     }
 }
 
@@ -103,9 +113,9 @@ fn for_the_command(signal: Signal) -> Signal {
     if signal == Signal::SIGINT { signal } else { Signal::SIGTERM }
 }
 
-/// Finishes what is under way. A second signal ends it at once, and every wait has an end: that for the registry, the
-/// requests and the app of a host after settle time and drain timeout together, that for the command after
-/// [`COMMAND_PATIENCE`].
+/// Finishes what is under way. A second signal ends it at once, and every wait has an end: the settle time begins after
+/// [`LEAVE_PATIENCE`] at the latest, the requests and the app of a host then have the drain timeout, and the command has
+/// [`COMMAND_PATIENCE`]. The registry is waited for beside them, and takes nothing of their time.
 pub(super) async fn drain(
     shared: &Arc<Shared>,
     drains: Drains,
@@ -116,18 +126,20 @@ pub(super) async fn drain(
 ) -> u8 {
     let Drains { inbound, outbound, workers } = drains;
     let times = &shared.config.drain;
-    let deadline = Instant::now() + times.settle + times.timeout;
     shared.conditions.serving.set(false);
+    let mut leaving = tokio::spawn(publication.withdraw());
     let orderly = async {
-        if timeout_at(deadline, publication.withdraw()).await.is_err() {
-            tracing::warn!("this workload could not be taken back in time; its registration runs out");
-        }
         let stop_signal = match end {
-            End::Command(code) => return code,
+            End::Command(code) => {
+                left(&mut leaving, Instant::now() + times.settle + times.timeout).await;
+                return code;
+            }
             End::Asked(signal) => signal,
             End::Failed => Signal::SIGTERM,
         };
-        sleep_until(deadline.min(Instant::now() + times.settle)).await;
+        let _still_leaving = timeout(LEAVE_PATIENCE, &mut leaving).await;
+        sleep(times.settle).await;
+        let deadline = Instant::now() + times.timeout;
         tracing::info!("draining: {:?}", inbound.finished(deadline).await);
         let code = match command {
             Some(command) => stop_command(command, stop_signal).await,
@@ -137,6 +149,7 @@ pub(super) async fn drain(
             }
         };
         tracing::info!("the app's calls: {:?}", outbound.finished(deadline.max(Instant::now())).await);
+        left(&mut leaving, deadline).await;
         if end == End::Failed { FAILED } else { code }
     };
     let code = tokio::select! {
@@ -154,8 +167,16 @@ pub(super) async fn drain(
     code
 }
 
+/// Waits until the workload is taken back.
+async fn left(leaving: &mut JoinHandle<()>, deadline: Instant) {
+    // One that was awaited to its end must not be awaited again.
+    if !leaving.is_finished() && timeout_at(deadline, leaving).await.is_err() {
+        tracing::warn!("this workload could not be taken back in time; its registration runs out");
+    }
+}
+
 /// Waits for threads that were told to end; one that does not ends with the process.
-pub(super) async fn threads_gone(threads: Vec<JoinHandle<()>>) {
+pub(super) async fn threads_gone(threads: Vec<thread::JoinHandle<()>>) {
     let deadline = Instant::now() + ABORT_PATIENCE;
     while threads.iter().any(|thread| !thread.is_finished()) && Instant::now() < deadline {
         sleep(ABORT_POLL).await;
@@ -187,7 +208,7 @@ async fn stop_command(command: &Namespace, signal: Signal) -> u8 {
     if !command.is_begun() {
         return 128 + signal as u8;
     }
-    command.signal(signal);
+    command.signal(if has_it_from_the_terminal(signal) { Signal::SIGTERM } else { signal });
     if let Ok(ended) = timeout(COMMAND_PATIENCE, command.wait()).await {
         return ended.map_or(FAILED, exit_code);
     }
@@ -197,6 +218,13 @@ async fn stop_command(command: &Namespace, signal: Signal) -> u8 {
         Ok(ended) => ended.map_or(FAILED, exit_code),
         Err(_) => FAILED,
     }
+}
+
+/// Ctrl-C goes to everybody in the foreground of a terminal, and the command is where we are. Many programs take
+/// a second one as an order to end at once.
+fn has_it_from_the_terminal(signal: Signal) -> bool {
+    let is_foreground = || File::open("/dev/tty").is_ok_and(|tty| tcgetpgrp(tty) == Ok(getpgrp()));
+    signal == Signal::SIGINT && is_foreground()
 }
 
 /// Waits until the app on this host is gone: its ports refuse connections, wherever it may listen, and it has no
@@ -218,8 +246,24 @@ async fn app_gone(shared: &Shared) {
     }
 }
 
+/// What a shell says where exec refused the command; where it did not come to that it is our failure.
 fn not_started(error: &io::Error) -> u8 {
-    if error.kind() == io::ErrorKind::NotFound { NOT_FOUND } else { NOT_EXECUTABLE }
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::ENOENT) => NOT_FOUND,
+        Some(
+            Errno::EACCES
+            | Errno::ENOEXEC
+            | Errno::EISDIR
+            | Errno::ENOTDIR
+            | Errno::E2BIG
+            | Errno::ELOOP
+            | Errno::EINVAL
+            | Errno::ENAMETOOLONG
+            | Errno::ETXTBSY
+            | Errno::ELIBBAD,
+        ) => NOT_EXECUTABLE,
+        _ => FAILED,
+    }
 }
 
 fn exit_code(status: ExitStatus) -> u8 {
@@ -273,7 +317,6 @@ mod tests {
 
     #[test]
     fn a_command_that_does_not_start_ends_as_in_a_shell() {
-        use nix::errno::Errno;
         for (errno, code) in [
             (Errno::ENOENT, 127),
             (Errno::EACCES, 126),
@@ -281,9 +324,31 @@ mod tests {
             (Errno::EISDIR, 126),
             (Errno::ENOTDIR, 126),
             (Errno::E2BIG, 126),
+            (Errno::ELOOP, 126),
+            (Errno::EINVAL, 126),
+            (Errno::ETXTBSY, 126),
+            // Of fork, of unshare, and where the helper does not know.
+            (Errno::EAGAIN, 1),
+            (Errno::ENOMEM, 1),
+            (Errno::EPERM, 1),
+            (Errno::ENOSPC, 1),
+            (Errno::EIO, 1),
         ] {
             assert_eq!(not_started(&io::Error::from_raw_os_error(errno as i32)), code, "{errno}");
         }
+        assert_eq!(not_started(&io::Error::new(io::ErrorKind::BrokenPipe, "the helper is gone")), 1);
+    }
+
+    #[tokio::test]
+    async fn a_missing_task_is_a_failure_and_nobodys_wish() {
+        let (tell, mut signals) = mpsc::channel(1);
+        let (drain_asked, tasks) = (Notify::new(), Tasks::default());
+        tasks.fail("a task", "it is missing, for this test");
+        assert_eq!(asked(&mut signals, &drain_asked, &tasks).await, End::Failed);
+        drain_asked.notify_one();
+        assert_eq!(asked(&mut signals, &drain_asked, &tasks).await, End::Asked(Signal::SIGTERM));
+        tell.send(Signal::SIGINT).await.unwrap();
+        assert_eq!(asked(&mut signals, &drain_asked, &tasks).await, End::Asked(Signal::SIGINT));
     }
 
     #[test]

@@ -95,6 +95,41 @@ fn a_workload_registers_itself_and_stays_true() {
     });
 }
 
+/// Callers go on to call until they hear of the drain, which takes nothing of the time that their requests have.
+#[test]
+fn an_agent_that_hangs_costs_no_request_of_a_drain() {
+    if !can_run(&Consul::NEEDS) {
+        return;
+    }
+    let mesh = Mesh::new();
+    let (client, pod, registry) =
+        (mesh.network.pod("client"), mesh.network.pod("one"), mesh.network.pod("registry"));
+    let consul = Consul::dev(&registry, "");
+    let app = app(&pod, "one", 8080);
+    let times = ["--settle-time", "500ms", "--drain-timeout", "5s"];
+    let flags = [&["--port", "8080", "--publish", "true"][..], &times].concat();
+    let mut sidecar = sidecar(&mesh, &pod, "orders", &consul.address(), &flags);
+    until("it is registered", || consul.passing("orders").len() == 1);
+
+    consul.process().signal(Signal::SIGSTOP);
+    // One every 200 ms, until long after the drain has begun.
+    let calls = "for n in $(seq 30); do \
+        curl -s -o /dev/null -m 20 -w \"/slow/$n %{http_code}\\n\" http://$1:8080/slow/$n & sleep 0.2; done; wait";
+    let mut calls = client.start("sh", &["-c", calls, "sh", &pod.ipv4().to_string()]);
+    until("one is under way", || app.log().contains("/slow/2\n"));
+    sidecar.process.signal(Signal::SIGTERM);
+    assert_eq!(sidecar.process.wait().code(), Some(0), "{}", sidecar.process.log());
+    calls.wait();
+    consul.process().signal(Signal::SIGCONT);
+
+    let (begun, answers) = (app.log(), calls.log());
+    let begun: Vec<&str> = begun.lines().filter(|line| line.starts_with("/slow/")).collect();
+    for call in &begun {
+        assert!(answers.contains(&format!("{call} 200\n")), "{call} was cut:\n{answers}");
+    }
+    assert!((2..30).contains(&begun.len()), "the drain has begun meanwhile: {begun:?}");
+}
+
 /// Two agents that know nothing of each other: what one has does not come from the other.
 #[test]
 fn a_registration_is_with_one_agent_and_moves_as_a_whole() {

@@ -7,16 +7,20 @@ use serde_json::Value;
 use tokio::time::Instant;
 use weft_tests::{Consul, Mesh, Pod, Process, Sidecar, output_of, pause, until};
 
-/// An app in this pod that answers every request with its name.
+/// An app in this pod that answers every request with its name; after three seconds where its path begins with `/slow`,
+/// which it tells.
 pub fn app(pod: &Pod, name: &str, port: u16) -> Process {
     const PROGRAM: &str = "
-import sys
+import sys, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
     # head and body are two writes: the second must not wait for an acknowledgement
     disable_nagle_algorithm = True
     def do_GET(self):
+        if self.path.startswith('/slow'):
+            print(self.path, flush=True)
+            time.sleep(3)
         self.send_response(200)
         self.send_header('Content-Length', str(len(sys.argv[1])))
         self.end_headers()

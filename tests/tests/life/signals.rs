@@ -50,6 +50,46 @@ fn signals_reach_the_command_of_exec() {
     }
 }
 
+/// Runs a command in a terminal of its own, and types Ctrl-C there once it says `up`.
+const TERMINAL: &str = r#"
+import os, pty, sys
+process, terminal = pty.fork()
+if process == 0:
+    os.execvp(sys.argv[1], sys.argv[1:])
+seen, typed = b"", False
+while True:
+    try:
+        piece = os.read(terminal, 4096)
+    except OSError:
+        break
+    if not piece:
+        break
+    os.write(1, piece)
+    seen += piece
+    if not typed and b"\nup\r" in seen:
+        typed = os.write(terminal, b"\x03") == 1
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+"#;
+
+#[test]
+fn one_ctrl_c_is_one_for_the_command() {
+    if !can_run(&NEEDS) || !can_run(&[Need::Program("python3", "python3")]) {
+        return;
+    }
+    let mesh = Mesh::new();
+    let pod = mesh.network.pod("terminal");
+    // To this one a second Ctrl-C means: now.
+    let script = "trap 'echo got SIGINT; trap \"exit 9\" INT' INT; trap 'echo got SIGTERM; exit 4' TERM; \
+        echo up; while :; do sleep 0.05; done";
+    let wrapper = ["python3", "-c", TERMINAL];
+    let mut exec =
+        mesh.start_exec_under(&wrapper, &pod, "batch", &["--port", "8080"], &["bash", "-c", script]);
+    assert_eq!(exec.process.wait().code(), Some(4), "{}", exec.process.log());
+    let log = exec.process.log();
+    assert_eq!(log.matches("got SIGINT").count(), 1, "{log}");
+    assert!(log.contains("asked to stop") && log.contains("got SIGTERM"), "{log}");
+}
+
 #[test]
 fn signals_do_not_end_run_but_in_a_drain() {
     if !can_run(&NEEDS) {

@@ -122,7 +122,15 @@ impl Keeper {
         let mut failures = 0_u32;
         loop {
             let is_well = *health.borrow_and_update();
-            let rest = match self.say(is_well).await {
+            let said = tokio::select! {
+                said = self.say(is_well) => said,
+                _ = stopped.changed() => {
+                    // Any of them may have heard it.
+                    self.left.extend(0..self.client.agents());
+                    break;
+                }
+            };
+            let rest = match said {
                 Ok(()) => {
                     if failures > 0 {
                         tracing::info!(id = self.id, "Consul takes our registration again");
