@@ -207,26 +207,22 @@ fn read_entry(
     }
 }
 
-/// What an entry says of the service's identities, whatever else may be wrong with it: an instance that is left out
-/// must not take them along, or the service is called in plaintext.
-#[derive(Deserialize)]
-struct Stated<'a> {
-    #[serde(rename = "Service", borrow)]
-    service: StatedService<'a>,
-}
-
-#[derive(Deserialize)]
-struct StatedService<'a> {
-    #[serde(rename = "Meta", default, borrow)]
-    meta: Option<HashMap<String, &'a RawValue>>,
-}
-
-/// The identities of an entry that cannot be read. None are stated only where that is certain.
+/// What an entry that cannot be read says of the service's identities: an instance that is left out must not take them
+/// along, or the service is called in plaintext. None are stated only where that is certain; what is no entry at all
+/// states nothing.
 fn stated_identities(text: &str) -> Result<Vec<SpiffeId>, String> {
+    type Members<'a> = HashMap<String, &'a RawValue>;
+    let members = |text| serde_json::from_str::<Members<'_>>(text);
     let unreadable = |_| format!("nor can its `{}` be read", names::META_IDENTITY);
-    let entry: Stated<'_> = serde_json::from_str(text).map_err(unreadable)?;
-    let mut meta = entry.service.meta.unwrap_or_default();
-    let Some(stated) = meta.remove(names::META_IDENTITY) else { return Ok(Vec::new()) };
+    let Ok(entry) = members(text) else { return Ok(Vec::new()) };
+    let Some(Ok(service)) = entry.get("Service").map(|service| members(service.get())) else {
+        return Ok(Vec::new());
+    };
+    let Some(meta) = service.get("Meta") else { return Ok(Vec::new()) };
+    let meta: Option<Members<'_>> = serde_json::from_str(meta.get()).map_err(unreadable)?;
+    let Some(stated) = meta.and_then(|mut meta| meta.remove(names::META_IDENTITY)) else {
+        return Ok(Vec::new());
+    };
     let stated: Option<String> = serde_json::from_str(stated.get()).map_err(unreadable)?;
     identities(&stated.unwrap_or_default())
 }
@@ -596,8 +592,9 @@ mod tests {
             (with("/Service/Port", json!(0), json!({"weft-identity": "orders"})), 0, true),
             (with("/Service/Tags", json!(7), json!({"weft-identity": "orders"})), 0, true),
             (with("/Service/Meta", json!("none"), json!({})), 0, true),
-            (with("/Service", json!("none"), json!({})), 0, true),
             // It has none, for certain.
+            (with("/Service", json!("none"), json!({})), 0, false),
+            (json!(7), 0, false),
             (with("/Service/Port", json!(0), json!(null)), 0, false),
             (with("/Service/Tags", json!(7), json!({"weft-identity": ""})), 0, false),
         ] {
