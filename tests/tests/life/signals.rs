@@ -81,7 +81,8 @@ fn one_ctrl_c_is_one_for_the_command() {
     // To this one a second Ctrl-C means: now.
     let script = "trap 'echo got SIGINT; trap \"exit 9\" INT' INT; trap 'echo got SIGTERM; exit 4' TERM; \
         echo up; while :; do sleep 0.05; done";
-    let wrapper = ["python3", "-c", TERMINAL];
+    // By its path: the first of the PATH may be one that only root may run.
+    let wrapper = ["/usr/bin/python3", "-c", TERMINAL];
     let mut exec =
         mesh.start_exec_under(&wrapper, &pod, "batch", &["--port", "8080"], &["bash", "-c", script]);
     assert_eq!(exec.process.wait().code(), Some(4), "{}", exec.process.log());
