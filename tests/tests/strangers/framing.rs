@@ -209,7 +209,9 @@ fn a_stranger_cannot_smuggle_past_a_sidecar() {
     nobody_is_said_to_have_gone(&to);
     // What cannot be read is named.
     to.wait_for_failure("bad_request", &["/o<ne"]);
-    to.wait_for_failure("bad_request", &[r#"/one?q=\"a\""#]);
+    // A query may hold secrets.
+    to.wait_for_failure("bad_request", &["/one", "in its query"]);
+    assert!(!to.process.log().contains("q="), "{}", to.process.log());
     to.wait_for_failure("bad_request", &["Host", "a<b/evil"]);
 }
 
