@@ -1,7 +1,8 @@
 //! What is known of one service, from answer to answer. Pure, with time as an argument. After a gap (an outage,
 //! or an index that went back) the registry may have forgotten who is alive: then the endpoints of before stay
 //! beside the new ones for a grace, until each was seen well again, and the breakers decide who is called. Further
-//! gaps make nobody's grace longer. The breakers decide too where no instance is well, nobody is kept, and some are
+//! gaps make nobody's grace longer. All identities of before stay for the same grace, also those of instances that were
+//! not called: a service that has identities is never called in plaintext. The breakers decide too where no instance is well, nobody is kept, and some are
 //! cut off: Consul's servers do not reach the agents of their nodes, which says nothing about the apps.
 
 use std::{
@@ -25,6 +26,11 @@ pub(super) struct Known {
     instances: BTreeMap<InstanceKey, Instance>,
     /// Called before a gap, and not seen well since.
     kept: BTreeMap<InstanceKey, Kept>,
+    /// Known before a gap, each with the end of its grace: also the identities of instances that are not kept, because
+    /// they were critical or could not be read.
+    kept_identities: BTreeMap<SpiffeId, Instant>,
+    /// An identity could not be read before a gap: until then plaintext stays forbidden.
+    identity_unreadable_until: Option<Instant>,
     /// Instances that are registered, as the last answer had it, and cannot be read.
     unreadable: usize,
     /// The identities that they state: they are the service's too.
@@ -46,6 +52,8 @@ impl Known {
             name,
             instances: BTreeMap::new(),
             kept: BTreeMap::new(),
+            kept_identities: BTreeMap::new(),
+            identity_unreadable_until: None,
             unreadable: 0,
             identities: Vec::new(),
             is_identity_unreadable: false,
@@ -57,15 +65,20 @@ impl Known {
         self.instances.is_empty() && self.kept.is_empty()
     }
 
-    /// When the first of the kept ones must go.
+    /// When the first of the kept endpoints or identities must go.
     pub(super) fn kept_until(&self) -> Option<Instant> {
-        self.kept.values().map(|kept| kept.until).min()
+        let endpoints = self.kept.values().map(|kept| kept.until);
+        let identities = self.kept_identities.values().copied().chain(self.identity_unreadable_until);
+        endpoints.chain(identities).min()
     }
 
     /// Takes an answer; `after_gap`: the first one after an outage, or with an index that went back.
     pub(super) fn accept(&mut self, reading: Reading, after_gap: bool, now: Instant) {
         let mut newer: BTreeMap<InstanceKey, Instance> =
             reading.instances.into_iter().map(|instance| (instance.key.clone(), instance)).collect();
+        if after_gap {
+            self.keep_identities(now);
+        }
         self.unreadable = reading.unreadable.len();
         self.identities = reading.identities;
         self.is_identity_unreadable = reading.is_identity_unreadable;
@@ -105,11 +118,34 @@ impl Known {
         }
     }
 
-    /// Drops what was kept long enough; says whether anything was.
+    /// Keeps the identities of the last answer before a gap. A service that had some must not be called in plaintext
+    /// because the registry forgot the instance that stated them.
+    fn keep_identities(&mut self, now: Instant) {
+        let until = now + GRACE;
+        let of_instances = self.instances.values().flat_map(|instance| &instance.identities);
+        for identity in of_instances.chain(&self.identities) {
+            if let Some(kept) = self.kept_identities.get_mut(identity) {
+                *kept = until;
+            } else if self.kept_identities.len() < MAX_INSTANCES {
+                self.kept_identities.insert(identity.clone(), until);
+            }
+        }
+        if self.is_identity_unreadable {
+            self.identity_unreadable_until = Some(until);
+        }
+    }
+
+    /// Drops what was kept long enough; returns whether anything was.
     pub(super) fn expire(&mut self, now: Instant) -> bool {
-        let before = self.kept.len();
+        let count = |known: &Known| {
+            let flags = usize::from(known.identity_unreadable_until.is_some());
+            known.kept.len() + known.kept_identities.len() + flags
+        };
+        let before = count(self);
         self.kept.retain(|_, kept| now < kept.until);
-        self.kept.len() < before
+        self.kept_identities.retain(|_, until| now < *until);
+        self.identity_unreadable_until = self.identity_unreadable_until.filter(|until| now < *until);
+        count(self) < before
     }
 
     /// The service as it is called now, and where its instances contradict each other.
@@ -137,7 +173,9 @@ impl Known {
             }
         }
         service.identities.extend_from_slice(&self.identities);
-        service.is_identity_unreadable = self.is_identity_unreadable;
+        service.identities.extend(self.kept_identities.keys().cloned());
+        service.is_identity_unreadable =
+            self.is_identity_unreadable || self.identity_unreadable_until.is_some();
         service.identities.sort();
         service.identities.dedup();
         let is_called = self.called();
@@ -340,6 +378,47 @@ mod tests {
         let service = known.service().0;
         assert_eq!((service.identities, service.is_identity_unreadable), (vec![], true));
         known.accept(plain(), false, Instant::now());
+        assert!(!known.service().0.is_identity_unreadable);
+    }
+
+    #[test]
+    fn identities_of_instances_that_were_not_called_survive_a_gap() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let identity = |name: &str| format!("spiffe://d/ns/default/sa/{name}").parse::<SpiffeId>().unwrap();
+        let plain = || {
+            let instances = vec![Instance { identities: Vec::new(), ..instance("new", 9, true) }];
+            Reading { instances, ..Reading::default() }
+        };
+        let mut known = Known::new("orders".parse().unwrap());
+        let before =
+            Reading { identities: vec![identity("unreadable")], ..reading(&[("critical", 1, false)]) };
+        known.accept(before, false, at(0));
+        // Consul is back without its state, and the only instance that it knows states no identity.
+        known.accept(plain(), true, at(10));
+        let both = vec![identity("critical"), identity("unreadable")];
+        assert_eq!(known.service().0.identities, both);
+        assert_eq!(endpoints(&known), [9]);
+        // A further gap makes their grace no longer, unless an answer stated them again.
+        known.accept(reading(&[("critical", 1, false)]), false, at(100));
+        known.accept(plain(), true, at(200));
+        assert_eq!(known.kept_until(), Some(at(310)));
+        assert!(!known.expire(at(309)) && known.service().0.identities == both);
+        assert!(known.expire(at(310)));
+        assert_eq!(known.service().0.identities, [identity("critical")]);
+        assert!(known.expire(at(500)));
+        assert_eq!((known.service().0.identities, known.kept_until()), (vec![], None));
+    }
+
+    #[test]
+    fn an_identity_that_cannot_be_read_forbids_plaintext_after_a_gap_too() {
+        let start = Instant::now();
+        let mut known = Known::new("orders".parse().unwrap());
+        known.accept(Reading { is_identity_unreadable: true, ..Reading::default() }, false, start);
+        known.accept(Reading::default(), true, start);
+        assert!(known.service().0.is_identity_unreadable);
+        assert_eq!(known.kept_until(), Some(start + GRACE));
+        assert!(known.expire(start + GRACE));
         assert!(!known.service().0.is_identity_unreadable);
     }
 

@@ -175,7 +175,9 @@ impl Watch {
         let idle = if self.known.is_empty() { IDLE_UNREGISTERED } else { IDLE };
         // What is known is not let go while it could not be learnt again.
         let is_away = self.failures > 0 && !self.known.is_empty();
-        !is_away && self.used.elapsed() >= idle && self.interest.retire()
+        // A new watch would not know what is kept after a gap, and might call the service in plaintext.
+        let is_kept = self.known.kept_until().is_some();
+        !is_away && !is_kept && self.used.elapsed() >= idle && self.interest.retire()
     }
 
     /// Asks once, and tells what came.
@@ -349,4 +351,29 @@ pub(super) fn first_denied(answer: &[u8]) -> Option<&'static str> {
     let named =
         NAMED.iter().find(|(resource, access, _)| *resource == denied.resource && *access == denied.access);
     Some(named.map_or("more", |named| named.2))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::discovery::{Registry, consul::fake};
+
+    #[tokio::test(start_paused = true)]
+    async fn a_watch_that_keeps_identities_after_a_gap_does_not_end() {
+        let registry = Registry::new(tokio::sync::watch::channel(Arc::default()).1).0;
+        let interest = registry.interest(&"orders".parse().unwrap()).unwrap();
+        interest.touch();
+        let (tell, _news) = mpsc::channel(1);
+        let mut watch = Watch::new(1, fake::client_of(&[1]), interest, tell, fastrand::Rng::with_seed(1));
+        let identities = vec!["spiffe://d/ns/default/sa/orders".parse().unwrap()];
+        let stated = Reading { identities, ..Reading::default() };
+        watch.known.accept(stated, false, Instant::now());
+        assert!(!watch.is_idle());
+        tokio::time::advance(IDLE_UNREGISTERED).await;
+        watch.known.accept(Reading::default(), true, Instant::now());
+        assert!(!watch.is_idle(), "the identity is kept");
+        tokio::time::advance(super::super::known::GRACE).await;
+        watch.known.expire(Instant::now());
+        assert!(watch.is_idle());
+    }
 }
