@@ -26,6 +26,7 @@ use crate::{
     discovery::{Asked, Directory, Registry, VirtualAddresses, consul, policies::Policies},
     drain::{Drain, Draining},
     identity,
+    net::Reclaimer,
     outbound::Upstreams,
     redirect::Namespace,
     serve::{SilentLimit, WhenFull},
@@ -89,6 +90,8 @@ struct Shared {
     advertised: IpAddr,
     /// How the app is reached.
     app_dialer: Dialer,
+    /// Closes idle connections of all workers when descriptors run out.
+    reclaimer: Reclaimer,
     tasks: Arc<Tasks>,
     places: Places,
 }

@@ -27,7 +27,7 @@ use crate::{
     identity,
     inbound::{AppAddress, Delivery, Meaning},
     model::{Policy, Timeouts},
-    net,
+    net::{self, Reclaimer},
     outbound::Upstreams,
     redirect::{Listeners as InsideListeners, NamespaceSettings},
     serve::{SilentLimit, WhenFull},
@@ -144,6 +144,7 @@ impl Parts {
             upstreams,
             advertised,
             app_dialer,
+            reclaimer: Reclaimer::default(),
             tasks: Arc::default(),
             config,
         });

@@ -27,6 +27,7 @@ use crate::{
         publish::{self, Published, Workload},
     },
     model::{DEFAULT_WEIGHT, Endpoint},
+    net::Reclaimer,
     policy::health::Health,
 };
 
@@ -132,7 +133,7 @@ fn follow_app(shared: &Arc<Shared>, advertised: SocketAddr) -> watch::Receiver<b
     let port = advertised.port();
     let probe = shared.config.app.probe.clone();
     let (tell, told) = watch::channel(probe.kind == ProbeKind::None);
-    let dialer = shared.app_dialer.clone();
+    let (dialer, reclaimer) = (shared.app_dialer.clone(), shared.reclaimer.clone());
     let mut health = Health::new(probe.rise, probe.fall, probe.interval);
     if probe.kind == ProbeKind::None {
         // Held, so that it stays what it is.
@@ -142,7 +143,7 @@ fn follow_app(shared: &Arc<Shared>, advertised: SocketAddr) -> watch::Receiver<b
     let addresses = app_addresses(advertised.ip(), port);
     shared.tasks.spawn("probe of the app", async move {
         while !tell.is_closed() {
-            let answered = answers(&dialer, &addresses, &probe.kind).await;
+            let answered = answers(&dialer, &reclaimer, &addresses, &probe.kind).await;
             health.observe(answered.is_ok());
             let is_well = health.is_well();
             let changed = tell.send_if_modified(|known| std::mem::replace(known, is_well) != is_well);
@@ -161,11 +162,16 @@ fn follow_app(shared: &Arc<Shared>, advertised: SocketAddr) -> watch::Receiver<b
 }
 
 /// One probe: at the first of its addresses that takes the connection.
-async fn answers(dialer: &Dialer, addresses: &[SocketAddr], kind: &ProbeKind) -> Result<()> {
+async fn answers(
+    dialer: &Dialer,
+    reclaimer: &Reclaimer,
+    addresses: &[SocketAddr],
+    kind: &ProbeKind,
+) -> Result<()> {
     let probing = async {
         let mut last = None;
         for address in addresses {
-            match dialer.dial(*address).await {
+            match dialer.dial(*address, reclaimer).await {
                 Ok(stream) => match kind {
                     ProbeKind::Http(path) => return get(stream, path).await,
                     ProbeKind::Tcp | ProbeKind::None => return Ok(()),

@@ -205,7 +205,7 @@ pub(super) fn start_dns(
     let resolvers = if configured.is_empty() { resolvers_of_host() } else { configured.clone() };
     let rebinding_allowed = shared.config.stores.dns_rebinding_allowed.clone();
     let running = dns::run(
-        dns::Settings { udp, tcp, resolvers, rebinding_allowed },
+        dns::Settings { udp, tcp, resolvers, rebinding_allowed, reclaimer: shared.reclaimer.clone() },
         shared.directory.clone(),
         shared.registry.clone(),
         shared.virtual_addresses.clone(),

@@ -40,7 +40,7 @@ async fn carry(shared: &Arc<Shared>, listeners: Listeners, delivery: Delivery, d
     let inbound = inbound(shared, delivery);
     let outbound = outbound(shared, inbound.clone());
     let pools = [inbound.pool.clone(), outbound.pool.clone()];
-    for pool in pools.clone() {
+    for pool in pools {
         tokio::spawn(async move {
             loop {
                 tokio::time::sleep(SWEEP).await;
@@ -56,7 +56,7 @@ async fn carry(shared: &Arc<Shared>, listeners: Listeners, delivery: Delivery, d
             listener,
             (shared.places.inbound_connections.clone(), shared.places.when_full),
             draining,
-            tell(shared, Direction::Inbound, pools.clone()),
+            tell(shared, Direction::Inbound),
             move |stream, client| story.clone().connection(stream, client, connection_draining.clone()),
         ));
     }
@@ -67,7 +67,7 @@ async fn carry(shared: &Arc<Shared>, listeners: Listeners, delivery: Delivery, d
             listener,
             (shared.places.outbound_connections.clone(), shared.places.when_full),
             draining,
-            tell(shared, Direction::Outbound, pools.clone()),
+            tell(shared, Direction::Outbound),
             move |stream, client| story.clone().connection(stream, client, connection_draining.clone()),
         ));
     }
@@ -101,14 +101,10 @@ fn taken_over(listeners: Vec<StdListener>) -> Vec<TcpListener> {
 
 /// What an accept loop met. A connection over the cap is refused like any other, or waits, of which the log tells; where descriptors run out, those of
 /// some connections that nobody uses are freed; a panic is a bug of ours, which the record of the connection has counted.
-fn tell(
-    shared: &Arc<Shared>,
-    direction: Direction,
-    pools: [Arc<Pool>; 2],
-) -> impl Fn(Incident) + Clone + Send + 'static {
-    let telemetry = shared.telemetry.clone();
+fn tell(shared: &Arc<Shared>, direction: Direction) -> impl Fn(Incident) + Clone + Send + 'static {
+    let (telemetry, reclaimer) = (shared.telemetry.clone(), shared.reclaimer.clone());
     move |incident| match incident {
-        Incident::NoDescriptor => pools.iter().for_each(|pool| pool.make_room(Instant::now())),
+        Incident::NoDescriptor => reclaimer.reclaim(),
         Incident::Full(client) => {
             let full = Failed::new(Failure::Overloaded, "the bound of connections at a time is reached");
             telemetry.connection(direction, client).fail(full);
@@ -140,7 +136,8 @@ fn limits(shared: &Shared) -> HttpLimits {
 fn inbound(shared: &Arc<Shared>, delivery: Delivery) -> Arc<Inbound> {
     let connector =
         Connector::new(shared.app_dialer.clone(), shared.credentials.clone(), shared.config.drain.timeout)
-            .with_expired_peers(shared.config.expired_peers);
+            .with_expired_peers(shared.config.expired_peers)
+            .with_reclaimer(shared.reclaimer.clone());
     let service = shared.config.own.service.as_str();
     Arc::new(Inbound {
         delivery,
@@ -159,7 +156,8 @@ fn inbound(shared: &Arc<Shared>, delivery: Delivery) -> Arc<Inbound> {
 fn outbound(shared: &Arc<Shared>, inbound: Arc<Inbound>) -> Arc<Outbound> {
     let config = &shared.config;
     let connector = Connector::new(Dialer::Direct, shared.credentials.clone(), config.drain.timeout)
-        .with_expired_peers(config.expired_peers);
+        .with_expired_peers(config.expired_peers)
+        .with_reclaimer(shared.reclaimer.clone());
     let explicit =
         config.upstreams.iter().map(|upstream| (upstream.listen, upstream.service.clone())).collect();
     Arc::new(Outbound {

@@ -2,7 +2,6 @@
 
 use std::{future::Future, io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
-use nix::libc;
 use tokio::{
     net::{TcpSocket, TcpStream},
     sync::watch,
@@ -11,7 +10,7 @@ use tokio::{
 use super::Security;
 use crate::{
     model::{ExpiredPeers, Failed, Failure, Result},
-    net::{self, Stream},
+    net::{self, Reclaimer, Stream},
     tls::{self, Alpn, Credentials, VerifiedPeer},
 };
 
@@ -29,11 +28,16 @@ pub enum Dialer {
 }
 
 impl Dialer {
-    /// Dials an address there. The caller sets the time limit.
+    /// Dials an address there. The caller sets the time limit. Where no descriptor is left, idle connections that
+    /// `reclaimer` knows are closed first.
     ///
     /// # Errors
     /// What `connect` says, or whoever hands the sockets out.
-    pub async fn dial(&self, address: SocketAddr) -> io::Result<TcpStream> {
+    pub async fn dial(&self, address: SocketAddr, reclaimer: &Reclaimer) -> io::Result<TcpStream> {
+        reclaimer.open(|| self.dial_once(address)).await
+    }
+
+    async fn dial_once(&self, address: SocketAddr) -> io::Result<TcpStream> {
         match self {
             Dialer::Direct => net::dial(address).await,
             Dialer::Handed(make) => {
@@ -52,6 +56,7 @@ pub struct Connector {
     credentials: watch::Receiver<Option<Arc<Credentials>>>,
     drain_timeout: Duration,
     expired_peers: ExpiredPeers,
+    reclaimer: Reclaimer,
 }
 
 /// A connection and, in the mesh, the proven other side.
@@ -70,12 +75,28 @@ impl Connector {
         credentials: watch::Receiver<Option<Arc<Credentials>>>,
         drain_timeout: Duration,
     ) -> Self {
-        Connector { dialer, credentials, drain_timeout, expired_peers: ExpiredPeers::default() }
+        Connector {
+            dialer,
+            credentials,
+            drain_timeout,
+            expired_peers: ExpiredPeers::default(),
+            reclaimer: Reclaimer::default(),
+        }
     }
 
     /// The same with another choice about opaque connections whose peer's certificate has ended.
     pub fn with_expired_peers(self, expired_peers: ExpiredPeers) -> Self {
         Connector { expired_peers, ..self }
+    }
+
+    /// The same, and the idle connections that `reclaimer` knows are closed where a dial finds no descriptor.
+    pub fn with_reclaimer(self, reclaimer: Reclaimer) -> Self {
+        Connector { reclaimer, ..self }
+    }
+
+    /// Where pools register how their idle connections are closed.
+    pub(super) fn reclaimer(&self) -> &Reclaimer {
+        &self.reclaimer
     }
 
     /// What becomes of opaque connections whose peer's certificate has ended.
@@ -117,7 +138,7 @@ impl Connector {
         let expected = match security {
             Security::Mesh(expected) => expected,
             Security::Plain => {
-                let stream = self.dialer.dial(address).await.map_err(|error| dial_failed(address, &error))?;
+                let stream = self.dial(address).await?;
                 return Ok(Secured { stream: stream.into(), peer: None });
             }
             Security::Forbidden => return Err(plaintext_forbidden(address)),
@@ -128,11 +149,16 @@ impl Connector {
                 format!("{address}: we have no valid certificate yet"),
             ));
         };
-        let stream = self.dialer.dial(address).await.map_err(|error| dial_failed(address, &error))?;
+        let stream = self.dial(address).await?;
         let (stream, peer) = tls::connect(stream.into(), &credentials, expected, alpn)
             .await
             .map_err(|failed| Failed::new(failed.failure, format!("{address}: {}", failed.detail)))?;
         Ok(Secured { stream, peer: Some(peer) })
+    }
+
+    async fn dial(&self, address: SocketAddr) -> Result<TcpStream> {
+        let dialled = self.dialer.dial(address, &self.reclaimer).await;
+        dialled.map_err(|error| dial_failed(address, &error))
     }
 }
 
@@ -146,7 +172,7 @@ fn plaintext_forbidden(address: SocketAddr) -> Failed {
 }
 
 fn dial_failed(address: SocketAddr, error: &io::Error) -> Failed {
-    if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) {
+    if net::is_out_of_descriptors(error) {
         let detail = format!("{address}: no descriptor is left for a connection (`ulimit -n`): {error}");
         return Failed::new(Failure::Overloaded, detail);
     }
@@ -160,6 +186,8 @@ fn dial_failed(address: SocketAddr, error: &io::Error) -> Failed {
 
 #[cfg(test)]
 mod tests {
+    use nix::libc;
+
     use super::*;
     use crate::policy::response::failure_speaks_against_endpoint;
 

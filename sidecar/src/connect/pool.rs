@@ -82,13 +82,20 @@ const IDLE_PER_KEY: usize = 16_384;
 pub struct Pool {
     connector: Connector,
     metrics: Arc<Metrics>,
-    shelves: Shelves,
+    shelves: Arc<Shelves>,
 }
 
 impl Pool {
     /// An empty pool that dials with `connector`.
     pub fn new(connector: Connector, metrics: Arc<Metrics>) -> Arc<Self> {
-        Arc::new(Pool { connector, metrics, shelves: Shelves::new() })
+        let shelves = Arc::new(Shelves::new());
+        let idle = Arc::downgrade(&shelves);
+        connector.reclaimer().register(move || {
+            if let Some(idle) = idle.upgrade() {
+                idle.make_room(Instant::now());
+            }
+        });
+        Arc::new(Pool { connector, metrics, shelves })
     }
 
     /// Lends a connection, dialling within `limit` where none is free.
@@ -178,8 +185,8 @@ impl Pool {
     }
 
     async fn open_http2(self: &Arc<Self>, key: &Key, limit: Duration, window: u32) -> Result<Arc<Http2>> {
-        let secured = self.connector.connect(key.address, &key.security, Alpn::Http2, limit).await;
-        let Secured { mut stream, peer } = self.making_room(secured)?;
+        let Secured { mut stream, peer } =
+            self.connector.connect(key.address, &key.security, Alpn::Http2, limit).await?;
         if peer.is_some() {
             // TLS 1.3: its verdict on our certificate comes with its first bytes. Heard before anything is sent,
             // a refusal is known for what it is.
@@ -210,8 +217,7 @@ impl Pool {
         }
         let open = self.metrics.pool_connection(Protocol::Http1);
         // Boxed, or every call would keep room for a dial.
-        let connection = Box::pin(open_http1(&self.connector, key, limit, Some(open))).await;
-        let connection = self.making_room(connection)?;
+        let connection = Box::pin(open_http1(&self.connector, key, limit, Some(open))).await?;
         Ok(Lease { connection: Connection::Http1(connection, home), reused: false })
     }
 
@@ -246,21 +252,6 @@ impl Pool {
     /// Closes connections that were idle for too long, a few at a time: calls go on between. Called now and then.
     pub async fn sweep(&self, now: Instant) {
         self.shelves.sweep(now).await;
-    }
-
-    /// Where a dial failed for want of a descriptor, the next one shall find some.
-    fn making_room<T>(&self, dialled: Result<T>) -> Result<T> {
-        dialled.inspect_err(|failed| {
-            if failed.failure == Failure::Overloaded {
-                self.make_room(Instant::now());
-            }
-        })
-    }
-
-    /// Closes some of the connections that nobody uses, but none that was used this very moment: for want of
-    /// descriptors.
-    pub fn make_room(&self, now: Instant) {
-        self.shelves.make_room(now);
     }
 }
 

@@ -31,7 +31,7 @@ use self::{
     forward::{Forwarder, Transport},
 };
 use super::{Directory, Registry, VirtualAddresses};
-use crate::{model::ServiceName, telemetry::Metrics};
+use crate::{model::ServiceName, net::Reclaimer, telemetry::Metrics};
 
 pub use self::{
     answer::{Asking, Decision, decide},
@@ -62,6 +62,8 @@ pub struct Settings {
     /// Domains whose names may have addresses of this host, or virtual ones, by the answers of resolvers; an empty one
     /// stands for all. In small letters, without a dot at either end.
     pub rebinding_allowed: Vec<String>,
+    /// Makes room where there is no descriptor for a question to a resolver.
+    pub reclaimer: Reclaimer,
 }
 
 /// What every question needs.
@@ -107,7 +109,7 @@ pub async fn run(
         directory,
         registry,
         virtuals,
-        forwarder: Forwarder::new(settings.resolvers, &own),
+        forwarder: Forwarder::new(settings.resolvers, &own, settings.reclaimer),
         rebinding_allowed: settings.rebinding_allowed,
         held_back: AtomicBool::new(false),
         forwarded: Arc::new(Semaphore::new(MAX_FORWARDED)),

@@ -10,7 +10,10 @@ use std::{
     time::Duration,
 };
 
-use nix::unistd::Pid;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use weft_proto::names::SIDECAR_UID;
 use weft_tests::{Mesh, Need, Pod, Sidecar, can_run, output_of, pause, program, program_for_everyone, until};
 
@@ -20,6 +23,8 @@ const BURST: usize = 20;
 const MORE: usize = 6;
 
 const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+
+const UPGRADED: &[u8] = b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: lines\r\n\r\n";
 
 /// An app that answers `/together` when that many such requests are there.
 fn app(pod: &Pod) {
@@ -40,7 +45,8 @@ fn serve(mut stream: TcpStream, together: &Barrier) {
         if buffer[..count].starts_with(b"GET /together ") {
             together.wait();
         }
-        if stream.write_all(ANSWER).is_err() {
+        let is_upgrade = buffer[..count].starts_with(b"GET /upgrade ");
+        if stream.write_all(if is_upgrade { UPGRADED } else { ANSWER }).is_err() {
             return;
         }
     }
@@ -245,4 +251,106 @@ fn idle_connections_make_room_when_descriptors_run_out() {
         assert!(is_answered(&mut held[number]), "client {number}; the log:\n{}", sidecar.process.log());
     }
     assert!(sidecar.process.log().contains("cannot accept a connection"), "the limit was met");
+}
+
+/// Clients at a time, one of which finds a descriptor for the connection behind it.
+const AT_ONCE: usize = 4;
+
+/// What needs a connection of its own behind it.
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Opaque,
+    Upgrade,
+}
+
+#[test]
+fn idle_connections_make_room_for_every_dial() {
+    if !can_run(&NEEDS) {
+        return;
+    }
+    for kind in [Kind::Opaque, Kind::Upgrade] {
+        let mesh = Mesh::new();
+        let (client, server) = (mesh.network.pod("client"), mesh.network.pod("server"));
+        serve_both(&server);
+        for (name, port, protocol) in [("app", 8080, "http1"), ("bytes", 8081, "tcp")] {
+            let endpoint = format!("{}:{port}", server.ipv4());
+            mesh.write_service(name, &format!("protocol: {protocol}\nendpoints:\n  - address: {endpoint}\n"));
+        }
+        let sidecar = mesh.sidecar(&client, "web", &[]);
+        dials_find_room(kind, &client, &server, (&sidecar, &client));
+
+        let mesh = Mesh::new();
+        let (client, server) = (mesh.network.pod("client"), mesh.network.pod("server"));
+        serve_both(&server);
+        let sidecar = mesh.sidecar(&server, "app", &["--port", "8080", "--port", "8081"]);
+        dials_find_room(kind, &client, &server, (&sidecar, &server));
+    }
+}
+
+/// The app of HTTP on 8080, and one that gives lines back on 8081.
+fn serve_both(pod: &Pod) {
+    app(pod);
+    let listener = pod.inside(|| TcpListener::bind("0.0.0.0:8081")).expect("a listener");
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            thread::spawn(move || {
+                let mut line = [0; 6];
+                while stream.read_exact(&mut line).and_then(|()| stream.write_all(&line)).is_ok() {}
+            });
+        }
+    });
+}
+
+fn dials_find_room(kind: Kind, client: &Pod, server: &Pod, (sidecar, pod): (&Sidecar, &Pod)) {
+    let folder = format!("/proc/{}/fd", sidecar.process.id());
+    let before = numbers(&folder).len();
+    let mut burst: Vec<TcpStream> = (0..BURST).map(|_| ask(client, server, "/together")).collect();
+    assert!(burst.iter_mut().all(is_answered));
+    drop(burst);
+    until("the clients of the burst are gone", || numbers(&folder).len() <= before + BURST + 1);
+    // Those of the pool are idle by then, and were not used this very moment.
+    (0..10).for_each(|_| pause());
+
+    let open = numbers(&folder);
+    let most = open.iter().max().expect("descriptors") + 1;
+    let accepted = match kind {
+        Kind::Opaque => AT_ONCE,
+        Kind::Upgrade => 0,
+    };
+    limit(pod, sidecar.process.id(), most);
+    // One after the other, so that none of them needs a further connection behind it.
+    let mut held = Vec::new();
+    for _ in 0..most - open.len() - accepted - 1 {
+        held.push(ask(client, server, "/"));
+        assert!(held.last_mut().is_some_and(is_answered));
+    }
+    match kind {
+        Kind::Opaque => {
+            // All of them are accepted before one is dialled for.
+            kill(sidecar.process.id(), Signal::SIGSTOP).expect("it stops");
+            let connect = || client.inside(|| TcpStream::connect((server.ipv4(), 8081)));
+            let mut clients: Vec<TcpStream> = (0..AT_ONCE).flat_map(|_| connect()).collect();
+            kill(sidecar.process.id(), Signal::SIGCONT).expect("it goes on");
+            for stream in &mut clients {
+                stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
+                // one that is reset is found out by reading
+                let _ = stream.write_all(b"hello\n");
+            }
+            let served = clients.iter_mut().filter_map(|stream| is_given_back(stream).then_some(())).count();
+            assert_eq!(served, AT_ONCE, "{}", sidecar.process.log());
+        }
+        Kind::Upgrade => {
+            let request =
+                b"GET /upgrade HTTP/1.1\r\nhost: app\r\nconnection: upgrade\r\nupgrade: lines\r\n\r\n";
+            for stream in &mut held[..AT_ONCE] {
+                stream.write_all(request).expect("a request");
+            }
+            for stream in &mut held[..AT_ONCE] {
+                let mut answer = [0; 12];
+                stream.read_exact(&mut answer).expect("an answer");
+                let answer = String::from_utf8_lossy(&answer);
+                assert_eq!(answer, "HTTP/1.1 101", "{}", sidecar.process.log());
+            }
+        }
+    }
 }

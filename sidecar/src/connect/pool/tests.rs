@@ -116,10 +116,10 @@ async fn of_many_idle_connections_the_youngest_stay_and_none_for_long() {
     pool.sweep(now + Duration::from_secs(60)).await;
     assert_eq!(open(&pool), [0], "the one in use");
     drop(pool.lend(&key(1, port), LIMIT).await.unwrap());
-    pool.make_room(Instant::now() + Duration::from_millis(100));
+    pool.shelves.make_room(Instant::now() + Duration::from_millis(100));
     assert_eq!(open(&pool), [0], "the one in use");
     drop(in_use);
-    pool.make_room(Instant::now() + Duration::from_millis(100));
+    pool.shelves.make_room(Instant::now() + Duration::from_millis(100));
     assert!(open(&pool).is_empty());
 }
 

@@ -15,6 +15,8 @@ use tokio::{
     time::timeout,
 };
 
+use crate::net::Reclaimer;
+
 /// How long one resolver may take. Clients ask again after five seconds (resolv.conf(5)).
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How often the list of resolvers is gone through over UDP, where packets are lost.
@@ -35,18 +37,20 @@ pub(super) enum Transport {
 #[derive(Debug)]
 pub(super) struct Forwarder {
     resolvers: Vec<SocketAddr>,
+    reclaimer: Reclaimer,
 }
 
 impl Forwarder {
     /// Leaves out what would lead back to one of our own sockets.
-    pub(super) fn new(resolvers: Vec<SocketAddr>, own: &[SocketAddr]) -> Self {
+    pub(super) fn new(resolvers: Vec<SocketAddr>, own: &[SocketAddr], reclaimer: Reclaimer) -> Self {
         let is_own = |resolver: &SocketAddr| {
             own.iter().any(|own| {
                 let on_loopback = own.ip().is_unspecified() && resolver.ip().is_loopback();
                 own.port() == resolver.port() && (own.ip() == resolver.ip() || on_loopback)
             })
         };
-        Forwarder { resolvers: resolvers.into_iter().filter(|resolver| !is_own(resolver)).collect() }
+        let resolvers = resolvers.into_iter().filter(|resolver| !is_own(resolver)).collect();
+        Forwarder { resolvers, reclaimer }
     }
 
     /// The answer with the client's id. None where no resolver gave one in time.
@@ -67,8 +71,8 @@ impl Forwarder {
         for _ in 0..rounds {
             for resolver in &self.resolvers {
                 let asked = match transport {
-                    Transport::Udp => timeout(PATIENCE, ask_udp(question, *resolver)).await,
-                    Transport::Tcp => timeout(PATIENCE, ask_tcp(question, *resolver)).await,
+                    Transport::Udp => timeout(PATIENCE, self.ask_udp(question, *resolver)).await,
+                    Transport::Tcp => timeout(PATIENCE, self.ask_tcp(question, *resolver)).await,
                 };
                 let Ok(Ok(mut answer)) = asked else { continue };
                 answer[..2].copy_from_slice(&question[..2]);
@@ -83,26 +87,50 @@ impl Forwarder {
         }
         None
     }
-}
 
-async fn ask_udp(question: &[u8], resolver: SocketAddr) -> io::Result<Vec<u8>> {
-    let question = with_new_id(question)?;
-    let any: SocketAddr = match resolver {
-        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
-        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
-    };
-    let socket = UdpSocket::bind(any).await?;
-    // A connected socket hears nobody else, and hears of a closed port at once.
-    socket.connect(resolver).await?;
-    socket.send(&question).await?;
-    let mut answer = vec![0; MAX_ANSWER];
-    loop {
-        let length = socket.recv(&mut answer).await?;
-        if answers(&question, &answer[..length]) {
-            answer.truncate(length);
-            answer.shrink_to_fit();
-            return Ok(answer);
+    async fn ask_udp(&self, question: &[u8], resolver: SocketAddr) -> io::Result<Vec<u8>> {
+        let question = with_new_id(question)?;
+        let any: SocketAddr = match resolver {
+            SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+            SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+        };
+        let socket = self.reclaimer.open(|| UdpSocket::bind(any)).await?;
+        // A connected socket hears nobody else, and hears of a closed port at once.
+        socket.connect(resolver).await?;
+        socket.send(&question).await?;
+        let mut answer = vec![0; MAX_ANSWER];
+        loop {
+            let length = socket.recv(&mut answer).await?;
+            if answers(&question, &answer[..length]) {
+                answer.truncate(length);
+                answer.shrink_to_fit();
+                return Ok(answer);
+            }
         }
+    }
+
+    async fn ask_tcp(&self, question: &[u8], resolver: SocketAddr) -> io::Result<Vec<u8>> {
+        let question = with_new_id(question)?;
+        let mut stream = self.connect(resolver).await?;
+        stream.write_all(&framed(&question)?).await?;
+        let answer = read_message(&mut stream).await?;
+        if answers(&question, &answer) { Ok(answer) } else { Err(io::ErrorKind::InvalidData.into()) }
+    }
+
+    /// Asks, and reads the first message. The client's own id stays: whoever could guess it cannot write here.
+    async fn begin_transfer(
+        &self,
+        question: &[u8],
+        resolver: SocketAddr,
+    ) -> io::Result<(TcpStream, Vec<u8>)> {
+        let mut server = self.connect(resolver).await?;
+        server.write_all(&framed(question)?).await?;
+        let first = read_message(&mut server).await?;
+        if answers(question, &first) { Ok((server, first)) } else { Err(io::ErrorKind::InvalidData.into()) }
+    }
+
+    async fn connect(&self, resolver: SocketAddr) -> io::Result<TcpStream> {
+        self.reclaimer.open(|| TcpStream::connect(resolver)).await
     }
 }
 
@@ -115,7 +143,8 @@ pub(super) async fn transfer(
     idle: Duration,
 ) -> io::Result<bool> {
     for resolver in &forwarder.resolvers {
-        let Ok(Ok((mut server, mut message))) = timeout(PATIENCE, begin_transfer(question, *resolver)).await
+        let Ok(Ok((mut server, mut message))) =
+            timeout(PATIENCE, forwarder.begin_transfer(question, *resolver)).await
         else {
             continue;
         };
@@ -140,26 +169,10 @@ async fn gone(client: &TcpStream) {
     }
 }
 
-/// Asks, and reads the first message. The client's own id stays: whoever could guess it cannot write here.
-async fn begin_transfer(question: &[u8], resolver: SocketAddr) -> io::Result<(TcpStream, Vec<u8>)> {
-    let mut server = TcpStream::connect(resolver).await?;
-    server.write_all(&framed(question)?).await?;
-    let first = read_message(&mut server).await?;
-    if answers(question, &first) { Ok((server, first)) } else { Err(io::ErrorKind::InvalidData.into()) }
-}
-
 async fn read_message(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
     let mut message = vec![0; stream.read_u16().await?.into()];
     stream.read_exact(&mut message).await?;
     Ok(message)
-}
-
-async fn ask_tcp(question: &[u8], resolver: SocketAddr) -> io::Result<Vec<u8>> {
-    let question = with_new_id(question)?;
-    let mut stream = TcpStream::connect(resolver).await?;
-    stream.write_all(&framed(&question)?).await?;
-    let answer = read_message(&mut stream).await?;
-    if answers(&question, &answer) { Ok(answer) } else { Err(io::ErrorKind::InvalidData.into()) }
 }
 
 /// A message with its length before it, as TCP has it (RFC 1035 4.2.2).
@@ -276,7 +289,10 @@ mod tests {
         let of = |text: &str| text.parse::<SocketAddr>().unwrap();
         let resolvers = vec![of("127.0.0.1:15053"), of("127.0.0.1:53"), of("10.0.0.1:53")];
         let own = [of("127.0.0.1:15053"), of("0.0.0.0:53")];
-        assert_eq!(Forwarder::new(resolvers.clone(), &own).resolvers, resolvers[2..]);
-        assert_eq!(Forwarder::new(resolvers.clone(), &own[..1]).resolvers, resolvers[1..]);
+        assert_eq!(Forwarder::new(resolvers.clone(), &own, Reclaimer::default()).resolvers, resolvers[2..]);
+        assert_eq!(
+            Forwarder::new(resolvers.clone(), &own[..1], Reclaimer::default()).resolvers,
+            resolvers[1..]
+        );
     }
 }

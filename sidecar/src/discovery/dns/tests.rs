@@ -118,7 +118,13 @@ async fn responder_that_lets(
     let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let places = (udp.local_addr().unwrap(), tcp.local_addr().unwrap());
     let rebinding_allowed = allowed.iter().map(|domain| (*domain).to_owned()).collect();
-    let settings = Settings { udp: vec![udp], tcp: vec![tcp], resolvers, rebinding_allowed };
+    let settings = Settings {
+        udp: vec![udp],
+        tcp: vec![tcp],
+        resolvers,
+        rebinding_allowed,
+        reclaimer: Reclaimer::default(),
+    };
     let (sender, receiver) = watch::channel(directory);
     tokio::spawn(async move {
         let _still_published = sender;
