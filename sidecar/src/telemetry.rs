@@ -42,7 +42,7 @@ pub(crate) use log::silent_log;
 pub use log::{LogFormat, LogLevel, init_log};
 pub use metrics::{Direction, Metrics, OpenConnection, Security};
 pub use propagation::Propagators;
-pub use record::{ByteCount, Record};
+pub use record::{Record, RequestBodyState};
 pub use service_metrics::{RequestKey, ServiceMetrics};
 pub use settings::{ExportSettings, OtlpProtocol, TraceSettings};
 pub use spans::{SpanExport, Spans};

@@ -13,5 +13,7 @@ mod heads;
 mod limits;
 #[path = "strangers/peers.rs"]
 mod peers;
+#[path = "strangers/uploads.rs"]
+mod uploads;
 #[path = "strangers/wire.rs"]
 mod wire;

@@ -18,9 +18,9 @@ use super::{
     received::Received,
     replay::ReplayBody,
     streams::InFlight,
-    upload::{Rest, Sending},
+    upload::{Rest, Sending, request_body_failed},
 };
-use crate::telemetry::ByteCount;
+use crate::telemetry::RequestBodyState;
 
 /// What a body reports when its source fails. A server that gets it cuts the connection or resets the stream,
 /// so that a broken body is never taken for a whole one.
@@ -32,7 +32,7 @@ pub struct Body {
     bytes: u64,
     grpc_status: Option<u16>,
     deadline: Option<Pin<Box<Sleep>>>,
-    counter: Option<ByteCount>,
+    state: Option<RequestBodyState>,
     observer: Option<Observer>,
     in_flight: Option<InFlight>,
 }
@@ -134,10 +134,11 @@ impl Body {
         self
     }
 
-    /// Counts what is read of it, wherever that happens; nothing to do for a body that is empty.
-    pub fn counted(mut self, counter: impl FnOnce() -> ByteCount) -> Self {
+    /// Has the state of a request's body updated by what happens to this one, wherever it is read. Not asked for where
+    /// the body is empty.
+    pub fn with_state(mut self, state: impl FnOnce() -> RequestBodyState) -> Self {
         if !self.source.is_end() {
-            self.counter = Some(counter());
+            self.state = Some(state());
         }
         self
     }
@@ -154,7 +155,7 @@ impl Body {
             bytes: 0,
             grpc_status: None,
             deadline: None,
-            counter: None,
+            state: None,
             observer: None,
             in_flight: None,
         }
@@ -226,8 +227,8 @@ impl http_body::Body for Body {
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {
                     self.bytes += data.len() as u64;
-                    if let Some(counter) = &self.counter {
-                        counter.add(data.len() as u64);
+                    if let Some(state) = &self.state {
+                        state.add(data.len() as u64);
                     }
                 } else if let Some(trailers) = frame.trailers_ref() {
                     self.grpc_status = grpc_status(trailers);
@@ -240,6 +241,9 @@ impl http_body::Body for Body {
             Some(Err(_)) if is_over => self.ended(BodyEnd::TimeOver),
             Some(Err(_)) if self.source.request_broke() => self.ended(BodyEnd::Abandoned),
             Some(Err(error)) => {
+                if let Some(state) = &self.state {
+                    state.failed(request_body_failed(&**error));
+                }
                 let reason = error.to_string();
                 self.ended(BodyEnd::Cut(reason));
             }

@@ -39,6 +39,10 @@ pub fn end_answer(record: &mut Record, ended: &Ended) {
     }
     match &ended.how {
         BodyEnd::Complete => record.complete(),
+        // Nobody cut it but the client, whose request could not go on.
+        BodyEnd::Cut(_) | BodyEnd::Abandoned if let Some(failed) = record.request_body_failed().cloned() => {
+            record.fail(failed);
+        }
         BodyEnd::Cut(reason) => record.fail(Failed::new(Failure::BodyCut, reason.clone())),
         BodyEnd::TimeOver => record.fail(Failed::new(Failure::BodyCut, TIME_OVER)),
         // The record knows whether its client left or we cut the connection.
@@ -47,16 +51,17 @@ pub fn end_answer(record: &mut Record, ended: &Ended) {
 }
 
 /// Does what came after a good head speak against the endpoint that sent it? None where it says nothing of it: the reader
-/// of the answer went away, or the time of the request was over.
-pub fn end_speaks_against_endpoint(ended: &Ended) -> Option<bool> {
-    match &ended.how {
+/// of the answer went away, the time of the request was over, or its client broke off the request's body.
+pub fn end_speaks_against_endpoint(ended: &Ended, request_broke: bool) -> Option<bool> {
+    let against = match &ended.how {
         BodyEnd::Complete => {
             let status = ended.grpc_status.map(GrpcStatus::from_code);
-            Some(status.is_some_and(GrpcStatus::speaks_against_endpoint))
+            status.is_some_and(GrpcStatus::speaks_against_endpoint)
         }
-        BodyEnd::Cut(_) => Some(true),
-        BodyEnd::TimeOver | BodyEnd::Abandoned => None,
-    }
+        BodyEnd::Cut(_) => true,
+        BodyEnd::TimeOver | BodyEnd::Abandoned => return None,
+    };
+    (!against || !request_broke).then_some(against)
 }
 
 #[cfg(test)]
@@ -65,7 +70,8 @@ mod tests {
 
     #[test]
     fn an_endpoint_is_judged_by_the_end_of_its_answer() {
-        let end = |grpc_status, how| end_speaks_against_endpoint(&Ended { bytes: 1, grpc_status, how });
+        let end =
+            |grpc_status, how| end_speaks_against_endpoint(&Ended { bytes: 1, grpc_status, how }, false);
         assert_eq!(end(None, BodyEnd::Complete), Some(false));
         for (code, expected) in [(0, false), (2, false), (4, true), (5, false), (13, true), (14, true)] {
             assert_eq!(end(Some(code), BodyEnd::Complete), Some(expected), "{code}");
@@ -74,5 +80,10 @@ mod tests {
         assert_eq!(end(None, BodyEnd::Cut("reset".into())), Some(true));
         assert_eq!(end(Some(0), BodyEnd::TimeOver), None);
         assert_eq!(end(Some(14), BodyEnd::Abandoned), None);
+        let after_broken_request =
+            |grpc_status, how| end_speaks_against_endpoint(&Ended { bytes: 1, grpc_status, how }, true);
+        assert_eq!(after_broken_request(None, BodyEnd::Cut("reset".into())), None);
+        assert_eq!(after_broken_request(Some(13), BodyEnd::Complete), None);
+        assert_eq!(after_broken_request(Some(0), BodyEnd::Complete), Some(false));
     }
 }

@@ -9,22 +9,19 @@ use std::{
 
 use bytes::Bytes;
 use http_body::{Body as _, Frame, SizeHint};
-use hyper::{HeaderMap, body::Incoming};
+use hyper::HeaderMap;
 
 use super::body::{Body, BodyError};
-use crate::telemetry::ByteCount;
 
 /// The source of a request's body, for one attempt after the other.
-#[derive(Clone)]
 pub struct Replay {
     /// None: there is no body.
     shared: Option<Arc<Mutex<Shared>>>,
 }
 
 struct Shared {
-    incoming: Incoming,
-    /// What was read of the client's body, each byte once.
-    counter: ByteCount,
+    /// The client's body, each byte of which is read once.
+    source: Body,
     kept: Vec<Bytes>,
     kept_bytes: usize,
     trailers: Option<HeaderMap>,
@@ -38,17 +35,20 @@ struct Shared {
     broken: bool,
     /// The attempt that may read on; an older one must not steal its bytes.
     attempt: u64,
+    /// That attempt still has its body.
+    is_read: bool,
+    /// No further attempt will begin.
+    is_last: bool,
 }
 
 impl Replay {
-    /// Keeps up to `limit` bytes of `incoming` for further attempts; `counter` is asked for where there is a body.
-    pub fn new(incoming: Incoming, limit: usize, counter: impl FnOnce() -> ByteCount) -> Self {
-        if incoming.is_end_stream() {
+    /// Keeps up to `limit` bytes of `source` for further attempts.
+    pub fn new(source: Body, limit: usize) -> Self {
+        if source.is_end_stream() {
             return Replay { shared: None };
         }
         let shared = Shared {
-            incoming,
-            counter: counter(),
+            source,
             kept: Vec::new(),
             kept_bytes: 0,
             trailers: None,
@@ -57,6 +57,8 @@ impl Replay {
             finished: false,
             broken: false,
             attempt: 0,
+            is_read: false,
+            is_last: false,
         };
         Replay { shared: Some(Arc::new(Mutex::new(shared))) }
     }
@@ -71,7 +73,10 @@ impl Replay {
     pub fn take_back(&self) -> bool {
         self.shared.as_ref().is_none_or(|shared| {
             let mut state = lock(shared);
-            state.attempt += u64::from(!state.overflowed);
+            if !state.overflowed {
+                state.attempt += 1;
+                state.is_read = false;
+            }
             !state.overflowed
         })
     }
@@ -82,12 +87,25 @@ impl Replay {
         let Some(shared) = &self.shared else { return Body::empty() };
         let mut state = lock(shared);
         state.attempt += 1;
+        state.is_read = !state.overflowed;
         Body::replay(ReplayBody {
             shared: shared.clone(),
             attempt: if state.overflowed { NOBODY } else { state.attempt },
             next: 0,
             trailers_sent: false,
         })
+    }
+}
+
+impl Drop for Replay {
+    fn drop(&mut self) {
+        if let Some(shared) = &self.shared {
+            let mut state = lock(shared);
+            state.is_last = true;
+            let released = state.release();
+            drop(state);
+            drop(released);
+        }
     }
 }
 
@@ -124,7 +142,7 @@ impl ReplayBody {
             self.trailers_sent = true;
             return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))));
         }
-        match ready!(Pin::new(&mut shared.incoming).poll_frame(context)) {
+        match ready!(Pin::new(&mut shared.source).poll_frame(context)) {
             Some(Ok(frame)) => {
                 shared.keep(&frame);
                 self.next = shared.kept.len();
@@ -134,7 +152,7 @@ impl ReplayBody {
             Some(Err(error)) => {
                 // Asked again it would say that it has ended, and a later attempt would take it for whole.
                 shared.broken = true;
-                Poll::Ready(Some(Err(error.into())))
+                Poll::Ready(Some(Err(error)))
             }
             None => {
                 shared.finished = true;
@@ -146,13 +164,13 @@ impl ReplayBody {
     pub(super) fn is_end(&self) -> bool {
         let shared = lock(&self.shared);
         let passed_on = self.next >= shared.kept.len() && (shared.trailers.is_none() || self.trailers_sent);
-        shared.attempt == self.attempt && passed_on && (shared.finished || shared.incoming.is_end_stream())
+        shared.attempt == self.attempt && passed_on && (shared.finished || shared.source.is_end_stream())
     }
 
     pub(super) fn size_hint(&self) -> SizeHint {
         let shared = lock(&self.shared);
         let ahead: usize = shared.kept.iter().skip(self.next).map(Bytes::len).sum();
-        let rest = if shared.finished { SizeHint::with_exact(0) } else { shared.incoming.size_hint() };
+        let rest = if shared.finished { SizeHint::with_exact(0) } else { shared.source.size_hint() };
         let mut hint = SizeHint::new();
         hint.set_lower(ahead as u64 + rest.lower());
         if let Some(upper) = rest.upper() {
@@ -162,11 +180,28 @@ impl ReplayBody {
     }
 }
 
+impl Drop for ReplayBody {
+    fn drop(&mut self) {
+        let mut shared = lock(&self.shared);
+        if shared.attempt == self.attempt {
+            shared.is_read = false;
+        }
+        let released = shared.release();
+        drop(shared);
+        drop(released);
+    }
+}
+
 impl Shared {
+    /// Nobody will read on: the client's body is dropped, although the body of an earlier attempt may remain for as long
+    /// as its server takes nothing of it.
+    fn release(&mut self) -> Option<Body> {
+        (self.is_last && !self.is_read).then(|| std::mem::replace(&mut self.source, Body::empty()))
+    }
+
     /// Keeps a copy of a new frame for later attempts while the bound allows.
     fn keep(&mut self, frame: &Frame<Bytes>) {
         if let Some(data) = frame.data_ref() {
-            self.counter.add(data.len() as u64);
             self.kept_bytes = self.kept_bytes.saturating_add(data.len());
             if self.kept_bytes > self.limit {
                 self.overflowed = true;

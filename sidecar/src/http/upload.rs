@@ -16,6 +16,7 @@ use http_body::Body as _;
 use tokio::task::AbortHandle;
 
 use super::body::{Body, BodyError};
+use crate::model::{Failed, Failure};
 
 /// Sends what is there of a body at once, and leaves the rest to a task.
 pub async fn upload(stream: SendStream<Bytes>, body: Body) -> Option<Rest> {
@@ -142,6 +143,15 @@ pub fn is_malformed(error: &(dyn Error + 'static)) -> bool {
         cause.downcast_ref().is_some_and(is_no_chunk)
             || cause.downcast_ref().and_then(h2::Error::reason) == Some(Reason::PROTOCOL_ERROR)
     })
+}
+
+/// Why a client's body broke off: its client left, unless what it sent was malformed.
+pub fn request_body_failed(error: &(dyn Error + 'static)) -> Failed {
+    let last = causes(error).last().map(ToString::to_string).unwrap_or_default();
+    match is_malformed(error) {
+        true => Failed::new(Failure::BadRequest, format!("the body is malformed: {last}")),
+        false => Failed::new(Failure::ClientGone, format!("the body of the request broke off: {last}")),
+    }
 }
 
 /// An error and what it comes from.

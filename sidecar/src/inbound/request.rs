@@ -6,7 +6,7 @@ use hyper::{
     header::{HeaderMap, HeaderValue},
     http::uri::{Authority, Scheme},
 };
-use tokio::{sync::OwnedSemaphorePermit, time::Instant};
+use tokio::time::Instant;
 
 use super::{APP_TIMEOUT, Arrival, Inbound, app_key, as_app};
 use crate::{
@@ -21,7 +21,6 @@ use crate::{
 struct Answered {
     response: Response<Body>,
     in_use: InUse,
-    place: OwnedSemaphorePermit,
     deadline: Option<Instant>,
     left_http: bool,
 }
@@ -54,7 +53,6 @@ impl Inbound {
             self.telemetry.begin(&self.metrics, protocol, arrival.client, &request, &arrival.cut);
         record.peer(arrival.caller.identity());
         let is_grpc = headers::is_grpc(request.headers());
-        let request = request.map(|body| body.counted(|| record.count_request_bytes()));
         match self.deliver(request, arrival, &mut record).await {
             Ok(answered) => Ok(observed(answered, record)),
             Err(failed) if refuses_stream(arrival, protocol, failed.failure) => {
@@ -79,7 +77,8 @@ impl Inbound {
         let claims = Claims::take(request.headers_mut(), arrival.caller.is_sidecar());
         let permit = self.permit(arrival)?;
         let overloaded = |_| Failed::new(Failure::Overloaded, "the bound of requests at a time is reached");
-        let place = self.requests.clone().try_acquire_owned().map_err(overloaded)?;
+        record.keep(self.requests.clone().try_acquire_owned().map_err(overloaded)?);
+        let mut request = request.map(|body| body.with_state(|| record.request_body()));
         let grpc_timeout = headers::text(request.headers(), &headers::GRPC_TIMEOUT);
         let deadline = Deadline::start(
             None,
@@ -95,7 +94,7 @@ impl Inbound {
         if http::wants_upgrade(&request) {
             http::frame_for_upgrade(&mut request, authority, || authority_of(arrival))?;
             let (response, in_use, left_http) = Box::pin(self.upgrade(request, arrival, &permit)).await?;
-            return Ok(Answered { response, in_use, place, deadline: None, left_http });
+            return Ok(Answered { response, in_use, deadline: None, left_http });
         }
         let absolute = claims.absolute.or_else(|| headers::absolute_scheme(&request));
         headers::remove_per_hop(request.headers_mut());
@@ -110,7 +109,7 @@ impl Inbound {
                 )
             })??,
         };
-        Ok(Answered { response, in_use, place, deadline, left_http: false })
+        Ok(Answered { response, in_use, deadline, left_http: false })
     }
 
     /// Sends to the app. A kept connection may have been closed by the app meanwhile: a safe request without a
@@ -198,7 +197,7 @@ fn refuses_stream(arrival: &Arrival, protocol: Protocol, failure: Failure) -> bo
 
 /// The answer for the caller; its body's end finishes the record and gives the connection back.
 fn observed(answered: Answered, mut record: Record) -> Response<Body> {
-    let Answered { response, in_use, place, deadline, left_http } = answered;
+    let Answered { response, in_use, deadline, left_http } = answered;
     let (mut head, body) = response.into_parts();
     http::begin_answer(&mut record, &head);
     if left_http {
@@ -213,7 +212,6 @@ fn observed(answered: Answered, mut record: Record) -> Response<Body> {
         if matches!(ended.how, BodyEnd::Complete) {
             in_use.finished();
         }
-        drop(place);
     });
     Response::from_parts(head, body)
 }

@@ -9,10 +9,7 @@ use hyper::{
     header::{HeaderValue, RETRY_AFTER},
     http::{request::Parts, uri::Authority},
 };
-use tokio::{
-    sync::OwnedSemaphorePermit,
-    time::{Instant, sleep, timeout_at},
-};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use super::{Known, Outbound, Target, Upstream};
 use crate::{
@@ -85,7 +82,7 @@ impl Outbound {
         };
         let mut record = self.telemetry.begin(&upstream.metrics, protocol, client, &request, cut);
         match self.request(request, spoken, upstream, only, upgrade, &mut record).await {
-            Ok((answered, place)) => observed(answered, record, place),
+            Ok(answered) => observed(answered, record),
             Err(failed) => http::answer_failed(&mut record, failed, is_grpc),
         }
     }
@@ -98,16 +95,16 @@ impl Outbound {
         only: Option<SocketAddr>,
         upgrade: &Upgrade,
         record: &mut Record,
-    ) -> Result<(Answered, OwnedSemaphorePermit)> {
+    ) -> Result<Answered> {
         let authority = headers::check(&request, self.limits.header_fields)?;
         headers::remove_ours(request.headers_mut());
         let overloaded = |_| Failed::new(Failure::Overloaded, "the bound of requests at a time is reached");
-        let place = self.requests.clone().try_acquire_owned().map_err(overloaded)?;
+        record.keep(self.requests.clone().try_acquire_owned().map_err(overloaded)?);
         let known = upstream.known();
         if http::wants_upgrade(&request) {
             http::frame_for_upgrade(&mut request, authority, || authority_of(upstream))?;
             let answered = Box::pin(self.upgrade(request, spoken, upstream, &known, only, upgrade, record));
-            return Ok((answered.await?, place));
+            return answered.await;
         }
         let version = match known.security {
             Security::Mesh(_) => HttpVersion::Http2,
@@ -123,7 +120,7 @@ impl Outbound {
         }
         headers::frame_for(&mut request, version, authority, absolute, || authority_of(upstream))?;
         let call = Call::new(request, spoken, version, upstream, &known, only, record);
-        Ok((self.attempts(&call, record).await?, place))
+        self.attempts(&call, record).await
     }
 
     /// Attempt after attempt, until one is answered or there is a reason to stop.
@@ -281,7 +278,8 @@ impl<'a> Call<'a> {
         let grpc_timeout = headers::text(request.headers(), &headers::GRPC_TIMEOUT);
         let deadline = Deadline::start(known.policy.timeouts.request, grpc_timeout, None, Instant::now());
         let (head, body) = request.into_parts();
-        let body = Replay::new(body, known.policy.retries.body_bytes, || record.count_request_bytes());
+        let body = Body::from(body).with_state(|| record.request_body());
+        let body = Replay::new(body, known.policy.retries.body_bytes);
         let is_grpc = headers::is_grpc(&head.headers);
         Call { upstream, known, only, is_grpc, upgrade: false, head, body, spoken, version, deadline }
     }
@@ -409,7 +407,7 @@ fn give_up(result: Attempted, mut picked: Picked) {
 /// The answer has ended: now it is known whether it speaks against the endpoint. `cut`: why we cut its connection
 /// meanwhile. Of an endpoint whose certificate has ended the next handshake tells.
 fn judge(mut picked: Picked, ended: &Ended, cut: Option<&Failed>, record: &Record) {
-    match http::end_speaks_against_endpoint(ended) {
+    match http::end_speaks_against_endpoint(ended, record.request_body_failed().is_some()) {
         Some(false) => picked.completed(Instant::now()),
         Some(true) if cut.is_none_or(|reason| reason.failure != Failure::UntrustedPeer) => {
             failed(&mut picked, record);
@@ -419,7 +417,7 @@ fn judge(mut picked: Picked, ended: &Ended, cut: Option<&Failed>, record: &Recor
 }
 
 /// The answer for the app; its body's end finishes the record and gives connection and endpoint back.
-fn observed(answered: Answered, mut record: Record, place: OwnedSemaphorePermit) -> Response<Body> {
+fn observed(answered: Answered, mut record: Record) -> Response<Body> {
     let Answered { response, in_use, picked, deadline, left_http } = answered;
     let (mut head, body) = response.into_parts();
     http::begin_answer(&mut record, &head);
@@ -445,7 +443,6 @@ fn observed(answered: Answered, mut record: Record, place: OwnedSemaphorePermit)
         if let (BodyEnd::Complete, Some(in_use)) = (&ended.how, in_use) {
             in_use.finished();
         }
-        drop(place);
     });
     Response::from_parts(head, body)
 }

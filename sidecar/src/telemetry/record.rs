@@ -10,7 +10,7 @@
 use std::{
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     time::SystemTime,
@@ -20,7 +20,7 @@ use hyper::{
     Method, Request, Uri,
     http::{HeaderMap, HeaderValue, header::HOST},
 };
-use tokio::time::Instant;
+use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 use weft_proto::spiffe::SpiffeId;
 
 use super::{
@@ -56,7 +56,10 @@ pub(super) struct Inner {
     pub failure: Option<Failure>,
     pub detail: Option<String>,
     pub complete: bool,
-    pub request_bytes: Option<ByteCount>,
+    /// None: the request has no body, or nobody reads it.
+    pub request_body: Option<RequestBodyState>,
+    /// Of a request without a body; else the state of its body has it.
+    pub permit: Option<OwnedSemaphorePermit>,
     pub response_bytes: u64,
     pub attempts: u32,
     pub attempt: Option<Attempt>,
@@ -85,21 +88,36 @@ pub(super) struct Attempt {
     pub detail: Option<String>,
 }
 
-/// Counts the body bytes of a request while its body is elsewhere. Cheap to clone.
+/// What a record knows of the body of its request, which is read elsewhere: how many bytes were read, and why it broke
+/// off. It keeps the permit of the request too, which is released when record and body are gone, whichever goes last: a
+/// server may answer before it has read the body. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct ByteCount(Arc<AtomicU64>);
+pub struct RequestBodyState(Arc<SharedState>);
+
+#[derive(Debug, Default)]
+struct SharedState {
+    bytes: AtomicU64,
+    failed: OnceLock<Failed>,
+    /// Only held.
+    _permit: Option<OwnedSemaphorePermit>,
+}
 
 /// Longer paths are cut in lines and spans.
 const PATH_BYTES: usize = 1024;
 
-impl ByteCount {
-    /// So many more.
+impl RequestBodyState {
+    /// So many bytes more were read.
     pub fn add(&self, bytes: u64) {
-        self.0.fetch_add(bytes, Ordering::Relaxed);
+        self.0.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+    /// Its client did not send it to its end, or sent what is no body. The first reason stays.
+    pub fn failed(&self, failed: Failed) {
+        let _ = self.0.failed.set(failed);
+    }
+
+    fn bytes(&self) -> u64 {
+        self.0.bytes.load(Ordering::Relaxed)
     }
 }
 
@@ -132,7 +150,8 @@ impl Record {
             failure: None,
             detail: None,
             complete: false,
-            request_bytes: None,
+            request_body: None,
+            permit: None,
             response_bytes: 0,
             attempts: 0,
             attempt: None,
@@ -254,9 +273,24 @@ impl Record {
         &self.inner.cut
     }
 
-    /// Counts the body of the request, wherever it is read.
-    pub fn count_request_bytes(&mut self) -> ByteCount {
-        self.inner.request_bytes.get_or_insert_default().clone()
+    /// Keeps the permit of the request until its answer has ended, and its body too where [`Record::request_body`] is
+    /// called after this.
+    pub fn keep(&mut self, permit: OwnedSemaphorePermit) {
+        self.inner.permit = Some(permit);
+    }
+
+    /// For the body of the request, which tells it what happens to it wherever it is read.
+    pub fn request_body(&mut self) -> RequestBodyState {
+        let inner = &mut *self.inner;
+        let permit = &mut inner.permit;
+        let begin =
+            || RequestBodyState(Arc::new(SharedState { _permit: permit.take(), ..SharedState::default() }));
+        inner.request_body.get_or_insert_with(begin).clone()
+    }
+
+    /// Why the body of the request broke off, if it did.
+    pub fn request_body_failed(&self) -> Option<&Failed> {
+        self.inner.request_body.as_ref()?.0.failed.get()
     }
 
     /// So many more body bytes of the answer.
@@ -322,7 +356,7 @@ impl Inner {
     }
 
     pub fn request_bytes(&self) -> u64 {
-        self.request_bytes.as_ref().map_or(0, ByteCount::get)
+        self.request_body.as_ref().map_or(0, RequestBodyState::bytes)
     }
 
     pub fn direction(&self) -> Direction {

@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 
 use http_body_util::BodyExt;
-use hyper::{Request, Response, server::conn::http1, service::service_fn};
+use hyper::{Request, Response, body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncWriteExt, DuplexStream, duplex},
@@ -25,7 +25,7 @@ async fn request() -> (Replay, DuplexStream) {
     });
     tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(server), service));
     client.write_all(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n").await.unwrap();
-    (Replay::new(told.recv().await.unwrap(), LIMIT, ByteCount::default), client)
+    (Replay::new(Body::from(told.recv().await.unwrap()), LIMIT), client)
 }
 
 async fn piece(client: &mut DuplexStream, text: &str) {
@@ -79,4 +79,25 @@ async fn a_body_that_its_client_broke_off_is_whole_to_no_attempt() {
     drop(client);
     assert!(read(&mut first).await.is_err());
     assert!(replay.begin().collect().await.is_err());
+}
+
+#[tokio::test]
+async fn the_body_of_an_earlier_attempt_does_not_keep_what_nobody_will_read() {
+    let (replay, mut client) = request().await;
+    let (tell, mut ended) = tokio::sync::oneshot::channel();
+    {
+        let mut state = lock(replay.shared.as_ref().unwrap());
+        let source = std::mem::replace(&mut state.source, Body::empty());
+        state.source = source.observed(|end| tell.send(end.bytes).unwrap());
+    }
+    // Its server answered before it had read the body, and takes nothing more of it.
+    let _stalled = replay.begin();
+    assert!(replay.take_back());
+    let mut last = replay.begin();
+    piece(&mut client, "abcd").await;
+    assert_eq!(read(&mut last).await.unwrap(), "abcd");
+    drop(replay);
+    assert!(ended.try_recv().is_err(), "the last attempt still reads");
+    drop(last);
+    assert_eq!(ended.await.unwrap(), 4);
 }

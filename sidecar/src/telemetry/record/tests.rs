@@ -1,4 +1,4 @@
-use std::{collections::HashMap, time::Duration};
+use std::{any::Any, collections::HashMap, time::Duration};
 
 use opentelemetry_proto::tonic::{
     common::v1::any_value,
@@ -90,7 +90,7 @@ async fn a_request_that_went_well_is_written_once() {
     let mut seen = Seen::exporting(AccessLogMode::All);
     let mut record = seen.begin(Direction::Inbound, &[("traceparent", PARENT)]);
     record.peer(Some(&CALLER.parse().unwrap()));
-    record.count_request_bytes().add(12);
+    record.request_body().add(12);
     record.status(200);
     record.add_response_bytes(300);
     record.complete();
@@ -447,4 +447,32 @@ async fn opaque_connections_and_refusals_have_lines() {
         seen.counted("weft_connection_failures_total{direction=\"inbound\",failure=\"untrusted_peer\"} 1")
     );
     assert!(seen.counted("weft_plaintext_callers_total{address=\"10.0.0.7\"} 1"));
+}
+
+#[tokio::test]
+async fn a_permit_is_released_when_record_and_body_are_gone_whichever_goes_last() {
+    let seen = Seen::exporting(AccessLogMode::All);
+    let permits = Arc::new(tokio::sync::Semaphore::new(1));
+    let begin = || {
+        let mut record = seen.begin(Direction::Inbound, &[]);
+        record.keep(permits.clone().try_acquire_owned().unwrap());
+        record
+    };
+    let record = begin();
+    assert_eq!(permits.available_permits(), 0);
+    drop(record);
+    assert_eq!(permits.available_permits(), 1, "a request without a body");
+    for body_goes_last in [true, false] {
+        let mut record = begin();
+        let body = record.request_body();
+        let (first, last): (Box<dyn Any>, Box<dyn Any>) = if body_goes_last {
+            (Box::new(record), Box::new(body))
+        } else {
+            (Box::new(body), Box::new(record))
+        };
+        drop(first);
+        assert_eq!(permits.available_permits(), 0, "the body goes last: {body_goes_last}");
+        drop(last);
+        assert_eq!(permits.available_permits(), 1);
+    }
 }
