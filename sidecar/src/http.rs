@@ -9,6 +9,7 @@ mod replay;
 mod respond;
 mod server;
 mod streams;
+mod unread;
 mod upgrade;
 mod upload;
 mod waiting;

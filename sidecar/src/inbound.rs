@@ -21,7 +21,7 @@ use std::{
     time::Duration,
 };
 
-use hyper::{Request, body::Incoming};
+use hyper::Request;
 use tokio::{
     net::TcpStream,
     sync::{Semaphore, watch},
@@ -32,7 +32,7 @@ use crate::{
     connect::{self, Connector, Key, Lease, Pool, Security, trust_in_bytes_ended},
     detect::{self, FirstToSpeak, Heard, Hello, ReadAhead},
     drain::Draining,
-    http::{self, HttpLimits, Upgrade},
+    http::{self, Body, HttpLimits, Upgrade},
     model::{ExpiredPeers, Failed, Failure, HttpVersion, MutualTls, Protocol, Result},
     net::{self, BrokenSide, Stream},
     policy::authorization::{Permit, authorize},
@@ -303,7 +303,7 @@ impl Inbound {
         record: &mut telemetry::Connection,
     ) -> Result<()> {
         let arrival = Arc::new(arrival);
-        let answer = |request: Request<Incoming>| {
+        let answer = |request: Request<Body>| {
             let (story, arrival) = (self.clone(), arrival.clone());
             async move { story.answer(request, &arrival, version).await }
         };

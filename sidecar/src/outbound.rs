@@ -13,7 +13,7 @@ pub use upstream::{Known, Upstream, Upstreams};
 
 use std::{collections::HashMap, io, net::SocketAddr, sync::Arc, time::Duration};
 
-use hyper::{Request, body::Incoming};
+use hyper::Request;
 use tokio::{
     net::TcpStream,
     sync::{Semaphore, watch},
@@ -25,7 +25,7 @@ use crate::{
     detect::{self, Heard},
     discovery::{Destination, Directory, Registry, VirtualAddresses},
     drain::Draining,
-    http::{self, HttpLimits, Upgrade, Upgraded},
+    http::{self, Body, HttpLimits, Upgrade, Upgraded},
     inbound::Inbound,
     model::{Endpoint, Failed, Failure, HttpVersion, Protocol, Result, ServiceName},
     net::{self, Stream},
@@ -297,7 +297,7 @@ impl Outbound {
         record: &mut telemetry::Connection,
     ) -> Result<()> {
         let (upgrade, cut, client) = (Upgrade::default(), record.cut().clone(), record.peer_address());
-        let answer = |request: Request<Incoming>| {
+        let answer = |request: Request<Body>| {
             let (story, target, upgrade) = (self.clone(), target.clone(), upgrade.clone());
             let cut = cut.clone();
             async move { Ok(story.answer(request, &target, client, version, &upgrade, &cut).await) }
@@ -324,7 +324,7 @@ impl Outbound {
         };
         if let Some(version) = version {
             let failure = failed.failure;
-            let answer = |request: Request<Incoming>| {
+            let answer = |request: Request<Body>| {
                 let is_grpc = http::headers::is_grpc(request.headers());
                 async move { Ok(http::answer(failure, is_grpc)) }
             };

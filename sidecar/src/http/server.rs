@@ -5,12 +5,11 @@ use std::{
     pin::{Pin, pin},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use http_body::Body as _;
 use hyper::{Request, Response, Uri, body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
@@ -18,7 +17,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{Body, respond::refuse_stream, streams::Streams, waiting::HeadTimer};
+use super::{Body, respond::refuse_stream, streams::Streams, unread::Unread, waiting::HeadTimer};
 use crate::{
     model::{Failed, Failure, HttpVersion},
     net::Stream,
@@ -133,7 +132,7 @@ pub async fn serve<Answer, Answering>(
     answer: Answer,
 ) -> Result<(), Failed>
 where
-    Answer: Fn(Request<Incoming>) -> Answering,
+    Answer: Fn(Request<Body>) -> Answering,
     Answering: Future<Output = Result<Response<Body>, h2::Error>> + Send + 'static,
 {
     match version {
@@ -151,7 +150,7 @@ async fn serve_http1<Answer, Answering>(
     answer: Answer,
 ) -> Result<(), Failed>
 where
-    Answer: Fn(Request<Incoming>) -> Answering,
+    Answer: Fn(Request<Body>) -> Answering,
     Answering: Future<Output = Result<Response<Body>, h2::Error>> + Send + 'static,
 {
     let timer = HeadTimer::new(stream.count_reads(), limits.header_timeout);
@@ -160,15 +159,13 @@ where
     stream.note_reads();
     let mut builder = http1(limits, timer.clone());
     builder.half_close(half_close.is_some());
-    // Of the last request: its client may still be sending it when the answer is out.
-    let has_body = AtomicBool::new(false);
+    let unread = Unread::default();
     let service = service_fn(|request: Request<Incoming>| {
         if let Some(half_close) = &half_close {
             half_close.request_came();
         }
-        has_body.store(!request.body().is_end_stream(), Ordering::Relaxed);
         // Boxed, or hyper would keep room for it while the connection is idle.
-        Box::pin(answer(request))
+        Box::pin(answer(request.map(|body| unread.watch(body))))
     });
     let mut connection = builder.serve_connection(TokioIo::new(stream), service).with_upgrades();
     let mut serving = Pin::new(&mut connection);
@@ -195,7 +192,7 @@ where
             };
             let in_time = timeout(drain_timeout, ending).await;
             // Whoever is told to stop waits for nobody who has had an answer.
-            has_body.store(false, Ordering::Relaxed);
+            unread.clear();
             in_time.map_err(|_| cut.because(still_in_flight(&why, drain_timeout)))?
         }
     };
@@ -207,7 +204,7 @@ where
             Ok(())
         }
         Err(error) if error.is_timeout() && timer.is_idle() => Ok(()),
-        Ok(()) if has_body.load(Ordering::Relaxed) => {
+        Ok(()) if unread.is_any() => {
             // Boxed, as it is rare.
             let lingering = connection.into_parts().map(|parts| Box::pin(linger(parts.io.into_inner())));
             if let Some(lingering) = lingering {
@@ -230,8 +227,8 @@ where
     }
 }
 
-/// Reads on, to nowhere, after the last answer: a client that is still sending its request would be reset, and might lose
-/// the answer by it (RFC 9112 9.6). Ends with the client.
+/// Reads on, to nowhere, after the last answer to a request that was not read to its end: a client that is still sending it
+/// would be reset, and might lose the answer by it (RFC 9112 9.6). Ends with the client.
 async fn linger(mut stream: Stream) {
     let mut nowhere = vec![0; MIN_BUFFER];
     let reading =
@@ -248,14 +245,14 @@ async fn serve_http2<Answer, Answering>(
     answer: Answer,
 ) -> Result<(), Failed>
 where
-    Answer: Fn(Request<Incoming>) -> Answering,
+    Answer: Fn(Request<Body>) -> Answering,
     Answering: Future<Output = Result<Response<Body>, h2::Error>> + Send + 'static,
 {
     let read = stream.count_reads();
     let streams = Streams::new();
-    let service = service_fn(|request| {
+    let service = service_fn(|request: Request<Incoming>| {
         // Boxed: a task is moved several times until it runs, and this is nearly all of it.
-        let begun = streams.begin().map(|in_flight| (in_flight, Box::pin(answer(request))));
+        let begun = streams.begin().map(|in_flight| (in_flight, Box::pin(answer(request.map(Body::from)))));
         async move {
             let Some((mut in_flight, answering)) = begun else { return Err(refuse_stream()) };
             let answered = answering.await;

@@ -2,7 +2,6 @@
 
 use hyper::{
     Method, Request, Response, Version,
-    body::Incoming,
     header::{HeaderMap, HeaderValue},
     http::uri::{Authority, Scheme},
 };
@@ -30,13 +29,13 @@ impl Inbound {
     /// it may try elsewhere; anybody else by a status.
     pub(super) async fn answer(
         &self,
-        request: Request<Incoming>,
+        request: Request<Body>,
         arrival: &Arrival,
         version: HttpVersion,
     ) -> std::result::Result<Response<Body>, h2::Error> {
         let is_grpc = headers::is_grpc(request.headers());
         let protocol = if version == HttpVersion::Http2 { Protocol::Http2 } else { Protocol::Http1 };
-        match self.request(request.map(Body::from), arrival).await {
+        match self.request(request, arrival).await {
             Ok(response) => Ok(response),
             Err(failed) if refuses_stream(arrival, protocol, failed.failure) => Err(http::refuse_stream()),
             Err(failed) => Ok(http::answer(failed.failure, is_grpc)),

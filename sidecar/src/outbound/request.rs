@@ -5,7 +5,6 @@ use std::{net::SocketAddr, sync::Arc, time::SystemTime};
 
 use hyper::{
     Request, Response, Version,
-    body::Incoming,
     header::{HeaderValue, RETRY_AFTER},
     http::{request::Parts, uri::Authority},
 };
@@ -62,7 +61,7 @@ impl Outbound {
     /// Answers a request of the app.
     pub(super) async fn answer(
         &self,
-        request: Request<Incoming>,
+        request: Request<Body>,
         target: &Target,
         client: SocketAddr,
         spoken: HttpVersion,
@@ -89,7 +88,7 @@ impl Outbound {
 
     async fn request(
         &self,
-        mut request: Request<Incoming>,
+        mut request: Request<Body>,
         spoken: HttpVersion,
         upstream: &Arc<Upstream>,
         only: Option<SocketAddr>,
@@ -232,7 +231,7 @@ impl Outbound {
     #[expect(clippy::too_many_arguments, reason = "what a request is made of, each once")]
     async fn upgrade(
         &self,
-        mut request: Request<Incoming>,
+        mut request: Request<Body>,
         spoken: HttpVersion,
         upstream: &Arc<Upstream>,
         known: &Known,
@@ -267,7 +266,7 @@ pub(super) fn no_answer(deadline: &Deadline, at: Instant, endpoint: SocketAddr, 
 impl<'a> Call<'a> {
     /// Its deadline begins now.
     fn new(
-        request: Request<Incoming>,
+        request: Request<Body>,
         spoken: HttpVersion,
         version: HttpVersion,
         upstream: &'a Upstream,
@@ -278,7 +277,7 @@ impl<'a> Call<'a> {
         let grpc_timeout = headers::text(request.headers(), &headers::GRPC_TIMEOUT);
         let deadline = Deadline::start(known.policy.timeouts.request, grpc_timeout, None, Instant::now());
         let (head, body) = request.into_parts();
-        let body = Body::from(body).with_state(|| record.request_body());
+        let body = body.with_state(|| record.request_body());
         let body = Replay::new(body, known.policy.retries.body_bytes);
         let is_grpc = headers::is_grpc(&head.headers);
         Call { upstream, known, only, is_grpc, upgrade: false, head, body, spoken, version, deadline }

@@ -281,6 +281,21 @@ fn requests_have_a_cap_and_more_get_503() {
     until("there is room again", || place.exchange(GET).starts_with("HTTP/1.1 200"));
 }
 
+#[test]
+fn a_client_whose_request_was_read_to_its_end_is_not_waited_for() {
+    let Some(place) = place(&[]) else { return };
+    for framing in ["Content-Length: 3\r\n\r\nhel", "Transfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n0\r\n\r\n"]
+    {
+        let mut stream = place.dial();
+        let request = format!("POST /one HTTP/1.1\r\nHost: orders\r\nConnection: close\r\n{framing}");
+        stream.write_all(request.as_bytes()).unwrap();
+        let answer = String::from_utf8(read_to_close(&mut stream)).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        // Of a client that is waited for each of these bytes would be read.
+        until("what the client sends is refused", || stream.write_all(b"x").is_err());
+    }
+}
+
 /// Sends the same bytes again and again until the other side ends the connection, 20 MB at most.
 fn flood(place: &Place, begin: &[u8], piece: impl Fn(u32) -> Vec<u8>) -> bool {
     let mut stream = place.dial();
