@@ -1,13 +1,15 @@
 //! The command line of the certificate authority: `init`, `serve`, `token`, `root`.
 //!
 //! Exit code 2: the command, the state or an address is wrong, and nothing ran. 1: it ran and failed. The log goes
-//! to standard error, so that standard output holds answers, or the audit. A log that cannot be written is no reason
-//! to stop: nothing here prints with macros that panic.
+//! to standard error, so that standard output holds answers, or the audit. A log that cannot be written, or that nobody
+//! reads, is no reason to stop or to wait: nothing here prints with macros that panic, and a thread of its own writes.
 
 use std::{
+    backtrace::{Backtrace, BacktraceStatus},
     fmt::Display,
     io::{Write, stderr, stdout},
     net::SocketAddr,
+    panic::{self, PanicHookInfo},
     path::PathBuf,
     process::ExitCode,
     sync::Arc,
@@ -17,6 +19,7 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, Parser, Subcommand};
 use humantime::{format_duration, format_rfc3339_seconds, parse_duration};
+use prometheus_client::metrics::counter::Counter;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::Notify,
@@ -30,6 +33,7 @@ use weft_ca::{
     token::{Tokens, name_of},
 };
 use weft_proto::{
+    lines::{FlushOnDrop, Lines, Output, complain},
     names::{AUTHORITY_ADMIN_PORT, AUTHORITY_PORT},
     spiffe::{SpiffeId, TrustDomain, authority_id},
 };
@@ -179,7 +183,10 @@ const FAILED: u8 = 1;
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Init(command) => init(&command),
-        Command::Serve(command) => return serve(command),
+        Command::Serve(command) => {
+            let (outcome, code) = serve(command);
+            return exit_code(outcome, code);
+        }
         Command::Token(TokenCommand::Create(command)) => create_token(&command),
         Command::Token(TokenCommand::List(command)) => list_tokens(&command),
         Command::Token(TokenCommand::Revoke(command)) => revoke_token(&command),
@@ -192,7 +199,7 @@ fn exit_code(outcome: Result<()>, code: u8) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tell(format_args!("weft-ca: {error:#}"));
+            complain(format_args!("weft-ca: {error:#}"));
             ExitCode::from(code)
         }
     }
@@ -203,11 +210,6 @@ fn answer(line: impl Display) -> Result<()> {
     writeln!(stdout(), "{line}").context("standard output")
 }
 
-/// A line on standard error, where that can be written.
-fn tell(line: impl Display) {
-    let _ = writeln!(stderr(), "{line}");
-}
-
 fn init(command: &Init) -> Result<()> {
     let directory = Directory::create(&command.state.dir)?;
     let authority = Authority::init(&directory, command.trust_domain.clone(), SystemTime::now())?;
@@ -215,7 +217,7 @@ fn init(command: &Init) -> Result<()> {
         return answer(describe(&authority.known()));
     }
     answer(authority.root_sha256())?;
-    tell(format_args!(
+    complain(format_args!(
         "The line above is the SHA-256 of the new root of {}: what workloads pin. The root itself: {}. Keep \
          a copy of {} where nobody else can read it.",
         authority.trust_domain(),
@@ -225,23 +227,28 @@ fn init(command: &Init) -> Result<()> {
     Ok(())
 }
 
-fn serve(command: Serve) -> ExitCode {
-    log();
+/// Serves until the end; the exit code is for an error. All lines of the log are out before it is told.
+fn serve(command: Serve) -> (Result<()>, u8) {
+    let dropped = Counter::default();
+    let _log_end = match log(dropped.clone()) {
+        Ok(log_end) => log_end,
+        Err(error) => return (Err(error), REFUSED),
+    };
     let started = runtime().and_then(|runtime| {
         let (signals, server) = runtime.block_on(async {
             let signals = Signals::new()?;
-            anyhow::Ok((signals, Server::start(options(command)?).await?))
+            anyhow::Ok((signals, Server::start(options(command, dropped)?).await?))
         })?;
         Ok((runtime, signals, server))
     });
     match started {
-        Err(error) => exit_code(Err(error), REFUSED),
+        Err(error) => (Err(error), REFUSED),
         Ok((runtime, signals, server)) => {
             let reread = Arc::new(Notify::new());
             let ended = runtime.block_on(server.run(signals.until_stop(reread.clone()), reread));
             // A line of the audit that nobody takes would keep a thread, and the process, for ever.
             runtime.shutdown_timeout(LAST_WRITES);
-            exit_code(ended, FAILED)
+            (ended, FAILED)
         }
     }
 }
@@ -252,7 +259,7 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
 }
 
 /// Reads the settings, and makes a new authority where that is asked for.
-fn options(command: Serve) -> Result<Options> {
+fn options(command: Serve, log_lines_dropped: Counter) -> Result<Options> {
     let maximum = command.max_lifetime.unwrap_or(command.lifetime);
     if command.lifetime < MIN_LIFETIME || maximum < command.lifetime || maximum > MAX_LIFETIME {
         bail!(
@@ -278,6 +285,7 @@ fn options(command: Serve) -> Result<Options> {
         audit: command.audit,
         max_connections: usize::try_from(command.max_connections).unwrap_or(usize::MAX),
         address_file: command.address_file,
+        log_lines_dropped,
     })
 }
 
@@ -433,14 +441,35 @@ fn describe(known: &Known) -> serde_json::Value {
 }
 
 /// The log on standard error; `WEFT_CA_LOG` takes the directives of `tracing`, for example `debug`.
-fn log() {
+fn log(dropped: Counter) -> Result<FlushOnDrop> {
     let filter = EnvFilter::try_from_env("WEFT_CA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let output = Output::stream(stderr()).context("cannot open standard error for the log")?;
+    let on_dropped = move || {
+        dropped.inc();
+    };
+    let lines = Lines::start("weft-log", output, on_dropped, log_resumed).context("cannot start the log")?;
+    let lines = Arc::new(lines);
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(false)
         .with_target(false)
         // It would be printed to standard error with a macro that panics where that cannot be written.
         .log_internal_errors(false)
-        .with_writer(std::io::stderr)
+        .with_writer(lines.clone())
         .init();
+    panic::set_hook(Box::new(log_panic));
+    Ok(FlushOnDrop(lines))
+}
+
+fn log_resumed(total: u64) {
+    tracing::warn!("standard error takes lines again; {total} lines of this log were lost since the start");
+}
+
+/// The standard library's own would block on a standard error that nobody reads.
+fn log_panic(panic: &PanicHookInfo<'_>) {
+    let backtrace = Backtrace::capture();
+    match backtrace.status() {
+        BacktraceStatus::Captured => tracing::error!("{panic}\n{backtrace}"),
+        _ => tracing::error!("{panic}"),
+    }
 }

@@ -39,6 +39,13 @@ pub struct Metrics {
 
 impl Default for Metrics {
     fn default() -> Self {
+        Metrics::new(Counter::default())
+    }
+}
+
+impl Metrics {
+    /// All numbers at zero, but for the lines of the log that were lost: the log began before.
+    pub fn new(log_lines_dropped: Counter) -> Self {
         let mut metrics = Metrics {
             registry: Registry::with_prefix("weft_ca"),
             issued: Family::default(),
@@ -57,6 +64,8 @@ impl Default for Metrics {
         registry.register("issue_seconds", "Time to answer a request", issue_seconds.clone());
         registry.register("connections", "Connections now", connections.clone());
         registry.register("dropped", "Connections ended before a request, by reason", dropped.clone());
+        let help = "Lines of the log that were lost because writing was too slow or failed";
+        registry.register("log_lines_dropped", help, log_lines_dropped);
         let Metrics { registry, watchers, upkeep_failures, root_not_after, issuing_not_after, .. } =
             &mut metrics;
         registry.register("watchers", "Streams of the trust bundle now", watchers.clone());
@@ -73,9 +82,7 @@ impl Default for Metrics {
         );
         metrics
     }
-}
 
-impl Metrics {
     /// Notes when the signing certificates end.
     pub fn set_ends(&self, root: SystemTime, issuing: SystemTime) {
         for (gauge, end) in [(&self.root_not_after, root), (&self.issuing_not_after, issuing)] {

@@ -20,6 +20,7 @@ use std::{
 use anyhow::{Context, Error, Result, anyhow, bail};
 use futures_util::FutureExt;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use prometheus_client::metrics::counter::Counter;
 use tokio::{
     net::TcpListener,
     sync::{Notify, mpsc, watch},
@@ -61,6 +62,8 @@ pub struct Options {
     pub max_connections: usize,
     /// Where the addresses are written as JSON once the listeners stand.
     pub address_file: Option<PathBuf>,
+    /// Lines of the log that were lost.
+    pub log_lines_dropped: Counter,
 }
 
 /// For one Issue request.
@@ -131,7 +134,7 @@ impl Server {
     /// # Errors
     /// One of the tasks has ended by itself.
     pub async fn run(self, stop: impl Future<Output = ()>, reread: Arc<Notify>) -> Result<()> {
-        let metrics = Arc::new(Metrics::default());
+        let metrics = Arc::new(Metrics::new(self.options.log_lines_dropped.clone()));
         metrics.set_ends(self.authority.root_not_after(), self.authority.issuing_not_after());
         let (stopping_sender, stopping) = watch::channel(false);
         let (authority_sender, authority) = watch::channel(self.authority);

@@ -1,7 +1,8 @@
 //! The contract between Weft's programs: the gRPC messages, the grammar of SPIFFE ids, and the ports and
-//! names that two programs must agree on. It holds no behaviour beyond parsing.
+//! names that two programs must agree on. It holds no behaviour beyond parsing, but for how all programs write a log.
 
 pub mod certificate;
+pub mod lines;
 pub mod names;
 pub mod spiffe;
 

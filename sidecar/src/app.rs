@@ -41,6 +41,7 @@ use tokio::{
     runtime::{self, Runtime},
     sync::{Semaphore, watch},
 };
+use weft_proto::lines::FlushOnDrop;
 
 /// Where the app lives.
 pub enum Place {
@@ -55,6 +56,8 @@ pub struct App {
     /// For everything but traffic.
     runtime: Runtime,
     parts: Parts,
+    /// Writes the last lines of the log.
+    log_end: FlushOnDrop,
 }
 
 /// What runs.
@@ -161,7 +164,7 @@ impl App {
     /// Runs until a signal, a drain over the admin socket, or the end of the command. The exit code is that of
     /// the command, where there is one.
     pub fn run(self) -> ExitCode {
-        let App { runtime, parts } = self;
+        let App { runtime, parts, log_end } = self;
         let code = match runtime.block_on(parts.live()) {
             Ok(code) => ExitCode::from(code),
             Err(error) => {
@@ -171,6 +174,7 @@ impl App {
         };
         // A file or name that is looked up aside may hang; the end does not wait for it.
         runtime.shutdown_background();
+        drop(log_end);
         code
     }
 }

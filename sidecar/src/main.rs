@@ -13,7 +13,7 @@ use std::{
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches, Subcommand, value_parser};
 use hyper::Method;
 use serde_json::{Value, json};
-use weft_proto::names;
+use weft_proto::{lines, names};
 use weft_sidecar::{
     app::{self, App, Place},
     config::{self, Config, Written},
@@ -183,9 +183,10 @@ fn ask(flags: &ArgMatches, method: Method, path: &str, body: Option<&Value>) -> 
     }
 }
 
-/// The exit code says it too: where standard error cannot be written, that must not become a panic.
+/// The exit code says it too: a standard error that cannot be written is no panic, and one that nobody reads keeps the
+/// program for a moment only.
 fn complain(what: std::fmt::Arguments<'_>) {
-    let _ = writeln!(std::io::stderr(), "weft-sidecar: {what}");
+    lines::complain(format_args!("weft-sidecar: {what}"));
 }
 
 /// Prints what was asked for. Who closes the pipe has read enough; what else cannot be written is told.

@@ -795,6 +795,42 @@ async fn a_log_that_cannot_be_written_stops_nothing() {
     assert!(error_of(&unheard).contains("standard output"), "{}", error_of(&unheard));
 }
 
+/// A log collector that is stuck: the pipe stays open, and nobody reads it.
+#[tokio::test]
+async fn a_log_that_nobody_reads_stops_nothing() {
+    let home = Home::new();
+    let (reader, writer) = std::io::pipe().unwrap();
+    let serving = Serving::start_after(&home, "export WEFT_CA_LOG=trace", writer.into(), &[]).await;
+    let token = home.token(WEB, &["--reusable"]);
+    let lost = async || {
+        let metrics = timeout(SOON, serving.get("/metrics")).await.expect("the probes hang");
+        let mut lines = metrics.lines();
+        let count = lines.find_map(|line| line.strip_prefix("weft_ca_log_lines_dropped_total "));
+        count.and_then(|count| count.parse::<u64>().ok()).unwrap_or_else(|| panic!("{metrics}"))
+    };
+    let fill = async || {
+        let (before, began) = (lost().await, Instant::now());
+        while lost().await == before {
+            let given = timeout(SOON, issue(&home, serving.listen, None, request(&token))).await;
+            given.expect("it is deaf").unwrap();
+            assert!(began.elapsed() < 6 * SOON, "no line was lost");
+        }
+    };
+    fill().await;
+    let ready = timeout(SOON, serving.get("/ready")).await.expect("the probes hang");
+    assert!(ready.starts_with("HTTP/1.1 200"), "{ready}");
+    // Somebody reads again for a while.
+    let copy = reader.try_clone().unwrap();
+    let reading = tokio::task::spawn_blocking(move || {
+        let mut lines = std::io::BufRead::lines(std::io::BufReader::new(copy)).map_while(Result::ok);
+        lines.any(|line| line.contains("lines of this log were lost since the start"))
+    });
+    assert!(timeout(SOON, reading).await.expect("it is not said").unwrap());
+    fill().await;
+    assert_eq!(serving.terminate().await, Some(0));
+    drop(reader);
+}
+
 #[tokio::test]
 async fn each_signal_drains_rereads_or_means_nothing() {
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT] {

@@ -1,7 +1,12 @@
 //! Bad configuration, told by the real program: every mistake in one message, exit code 2, nothing started.
 
-use std::{fs, process::Command};
+use std::{
+    fs,
+    io::Write,
+    process::{Command, Stdio},
+};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use weft_tests::program;
 
 #[test]
@@ -53,5 +58,35 @@ fn output_that_nobody_can_take_is_no_panic() {
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{words:?}: {said}");
         assert!(said.contains("standard output: "), "{words:?}: {said}");
+    }
+}
+
+/// A full pipe that nobody reads: what happened is lost, but the exit code comes.
+#[test]
+fn a_failed_start_does_not_wait_for_a_stuck_standard_error() {
+    let (_reader, mut pipe) = std::io::pipe().unwrap();
+    let set = |pipe: &std::io::PipeWriter, flags| fcntl(pipe, FcntlArg::F_SETFL(flags)).unwrap();
+    set(&pipe, OFlag::O_NONBLOCK);
+    while pipe.write(&[b'\n'; 4096]).is_ok() {}
+    while pipe.write(b"\n").is_ok() {}
+    set(&pipe, OFlag::empty());
+    for (name, words, code) in [
+        ("weft-sidecar", &["run", "--service", "no name"][..], 2),
+        ("weft-sidecar", &["run", "--service", "web", "--workers", "1", "--admin", "192.0.2.1:15020"], 1),
+        ("weft-ca", &["root", "--dir", "/nowhere"], 2),
+        ("weft-ca", &["serve", "--dir", "/nowhere"], 2),
+    ] {
+        let mut weft = Command::new(program(name));
+        let errors = Stdio::from(pipe.try_clone().unwrap());
+        let mut started = weft.args(words).stdout(Stdio::null()).stderr(errors).spawn().unwrap();
+        let mut ended = None;
+        let mut rounds = 0..500;
+        while ended.is_none() && rounds.next().is_some() {
+            weft_tests::pause();
+            ended = started.try_wait().unwrap();
+        }
+        let _ = started.kill();
+        assert_eq!(ended.and_then(|status| status.code()), Some(code), "{name} {words:?}");
+        let _ = started.wait();
     }
 }

@@ -11,6 +11,8 @@ mod drain;
 mod frozen;
 #[path = "life/kill.rs"]
 mod kill;
+#[path = "life/log.rs"]
+mod log;
 #[path = "life/renewal.rs"]
 mod renewal;
 #[path = "life/retry.rs"]

@@ -32,7 +32,8 @@ use crate::{
     redirect::{Listeners as InsideListeners, NamespaceSettings},
     serve::{SilentLimit, WhenFull},
     telemetry::{
-        AccessLog, AccessLogTarget, LogFormat, Metrics, SpanExport, Telemetry, TraceSettings, init_log,
+        AccessLog, AccessLogTarget, LogFormat, LogLevel, Metrics, SpanExport, Telemetry, TraceSettings,
+        init_log,
     },
 };
 
@@ -66,25 +67,27 @@ impl App {
     /// # Errors
     /// The socket that cannot be opened, or the command that cannot be started, with the way out.
     pub fn build(config: Config, place: Place) -> Result<App> {
+        let metrics = Arc::new(Metrics::new());
+        let format = if config.log_json { LogFormat::Json } else { LogFormat::Text };
+        let (log, log_end) = init_log(&config.log, format, &metrics)?;
         let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
         let parts = {
             let _inside = runtime.enter();
-            Parts::build(config, place)?
+            Parts::build(config, place, log, metrics)?
         };
-        Ok(App { runtime, parts })
+        Ok(App { runtime, parts, log_end })
     }
 }
 
 impl Parts {
-    fn build(mut config: Config, place: Place) -> Result<Parts> {
-        let log = init_log(&config.log, if config.log_json { LogFormat::Json } else { LogFormat::Text })?;
+    fn build(mut config: Config, place: Place, log: LogLevel, metrics: Arc<Metrics>) -> Result<Parts> {
         let descriptors = Descriptors::raise().context("cannot read the limit of open files")?;
         let when_full = fit_connections(&mut config, descriptors);
         let output = match place {
             Place::Host => AccessLogTarget::Stdout,
             Place::Namespace(_) => AccessLogTarget::Stderr,
         };
-        let (telemetry, span_export) = telemetry(&config, output)?;
+        let (telemetry, span_export) = telemetry(&config, output, metrics)?;
         let advertised = advertised_address(&config)?;
         let (policies_sender, policies) = watch::channel(Arc::new(Policies::default()));
         let (command, app_dialer, mut sockets) = match place {
@@ -171,14 +174,17 @@ pub(super) fn default_policy(config: &Config) -> Policy {
 
 /// Traces by the `OTEL_*` variables; one that cannot be used is told and left out, as the specification of
 /// OpenTelemetry has it.
-fn telemetry(config: &Config, output: AccessLogTarget) -> Result<(Arc<Telemetry>, Option<SpanExport>)> {
+fn telemetry(
+    config: &Config,
+    output: AccessLogTarget,
+    metrics: Arc<Metrics>,
+) -> Result<(Arc<Telemetry>, Option<SpanExport>)> {
     let service = config.own.service.as_str();
     let (mut settings, problems) = TraceSettings::read(|name| std::env::var(name).ok(), service);
     for problem in problems {
         tracing::warn!("{problem}");
     }
     settings.propagators.unsampled = config.propagate_unsampled;
-    let metrics = Arc::new(Metrics::new());
     let target = config.access_log_file.clone().map_or(output, AccessLogTarget::File);
     let access_log =
         AccessLog::open(config.access_log, &target, &metrics).context("cannot open the access log")?;

@@ -30,7 +30,7 @@ use nix::{
     unistd::{Pid, dup2_stdout, getegid, geteuid},
 };
 use socket2::{Domain, Protocol, Socket, Type};
-use weft_proto::names;
+use weft_proto::{lines, names};
 
 use super::{
     apply::apply_plan,
@@ -57,8 +57,7 @@ pub fn namespace_main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let line = format!("weft-sidecar {}: {error:#}\n", super::NAMESPACE_ARGUMENT);
-            let _ = io::Write::write_all(&mut io::stderr(), line.as_bytes());
+            lines::complain(format_args!("weft-sidecar {}: {error:#}", super::NAMESPACE_ARGUMENT));
             ExitCode::FAILURE
         }
     }

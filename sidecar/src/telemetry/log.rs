@@ -1,7 +1,13 @@
 //! The sidecar's own log, on standard error: what the sidecar itself does. Requests and connections are the
-//! business of the access log, so that no peer can fill this one. The level can be changed while running.
+//! business of the access log, so that no peer can fill this one. The level can be changed while running. A standard
+//! error that nobody reads costs lines, which are counted, and blocks nothing ([`Lines`]).
 
-use std::io;
+use std::{
+    backtrace::{Backtrace, BacktraceStatus},
+    io,
+    panic::{self, PanicHookInfo},
+    sync::Arc,
+};
 
 use anyhow::{Context, anyhow};
 use serde::{Deserialize, Serialize};
@@ -12,6 +18,9 @@ use tracing_subscriber::{
     layer::SubscriberExt,
     reload,
 };
+use weft_proto::lines::{FlushOnDrop, Lines, Output};
+
+use super::metrics::Metrics;
 
 /// How lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -31,11 +40,37 @@ pub struct LogLevel {
 }
 
 /// Starts the log of this process. `filter` is a level (`error`, `warn`, `info`, `debug`, `trace`) or a list
-/// such as `info,weft_sidecar::discovery=debug`. Fails where it is neither, or where a log was started before.
-pub fn init_log(filter: &str, format: LogFormat) -> anyhow::Result<LogLevel> {
-    let (log, level) = build(filter, format, io::stderr)?;
+/// such as `info,weft_sidecar::discovery=debug`. Fails where it is neither, or where a log was started before. What is
+/// returned beside the level is to be dropped last.
+pub fn init_log(
+    filter: &str,
+    format: LogFormat,
+    metrics: &Metrics,
+) -> anyhow::Result<(LogLevel, FlushOnDrop)> {
+    let dropped = metrics.log_lines_dropped("own");
+    let on_dropped = move || {
+        dropped.inc();
+    };
+    let output = Output::stream(io::stderr()).context("cannot open standard error for the log")?;
+    let lines = Lines::start("weft-log", output, on_dropped, log_resumed).context("cannot start the log")?;
+    let lines = Arc::new(lines);
+    let (log, level) = build(filter, format, lines.clone())?;
     tracing::dispatcher::set_global_default(log).context("the log of this process was started before")?;
-    Ok(level)
+    panic::set_hook(Box::new(log_panic));
+    Ok((level, FlushOnDrop(lines)))
+}
+
+fn log_resumed(total: u64) {
+    tracing::warn!("standard error takes lines again; {total} lines of this log were lost since the start");
+}
+
+/// The standard library's own would block on a standard error that nobody reads.
+fn log_panic(panic: &PanicHookInfo<'_>) {
+    let backtrace = Backtrace::capture();
+    match backtrace.status() {
+        BacktraceStatus::Captured => tracing::error!("{panic}\n{backtrace}"),
+        _ => tracing::error!("{panic}"),
+    }
 }
 
 impl LogLevel {

@@ -67,7 +67,7 @@ pub struct Metrics {
     registration_overwritten: Counter,
     spans_exported: Counter,
     spans_dropped: Counters,
-    log_lines_dropped: Counter,
+    log_lines_dropped: Counters,
     app_sockets_lost: Counter,
 }
 
@@ -154,6 +154,8 @@ impl Metrics {
         let help = "Questions to the registry";
         let registry_requests = counters("registry_requests", help, &["result"], SERIES);
         let spans_dropped = counters("spans_dropped", "Spans that were lost", &["reason"], SERIES);
+        let help = "Lines of a log that were lost because writing was too slow or failed";
+        let log_lines_dropped = counters("log_lines_dropped", help, &["log"], SERIES);
 
         let mut gauges =
             |name: &str, help: &str, labels| Gauges::register(weft, name, help, cap(name, labels, SERIES));
@@ -164,7 +166,7 @@ impl Metrics {
             gauges("pool_connections", "Open connections to endpoints, kept for reuse", &["protocol"]);
         let build_info = gauges("build_info", "Always 1", &["version"]);
         build_info.with(&[env!("CARGO_PKG_VERSION")]).set(1);
-        let (certificate_expiry, log_lines_dropped) = (Gauge::default(), Counter::default());
+        let certificate_expiry = Gauge::default();
         let registry_unreadable = Gauge::default();
         let help = "Registered instances of the services in use that cannot be read, and are left out";
         weft.register("registry_unreadable_instances", help, registry_unreadable.clone());
@@ -175,8 +177,6 @@ impl Metrics {
         weft.register("spans_exported", "Spans that the collector took", spans_exported.clone());
         let help = "Unix time at which our certificate ends; 0 without one";
         weft.register("certificate_expiry_seconds", help, certificate_expiry.clone());
-        let help = "Lines of the access log that were lost because writing was too slow or failed";
-        weft.register("log_lines_dropped", help, log_lines_dropped.clone());
         let app_sockets_lost = Counter::default();
         let help = "Sockets to the app of `exec` that were lost for want of descriptors";
         weft.register("app_sockets_lost", help, app_sockets_lost.clone());
@@ -316,8 +316,9 @@ impl Metrics {
         self.spans_dropped.with(&[reason]).inc_by(count as u64);
     }
 
-    pub(super) fn log_line_dropped(&self) {
-        self.log_lines_dropped.inc();
+    /// For the lines that a log loses (`access`, `own`).
+    pub(super) fn log_lines_dropped(&self, log: &'static str) -> Counter {
+        self.log_lines_dropped.with(&[log])
     }
 }
 

@@ -40,7 +40,7 @@ fn busy() -> Metrics {
     metrics.config_reloaded("refused");
     metrics.spans_sent(4);
     metrics.spans_dropped("queue_full", 2);
-    metrics.log_line_dropped();
+    metrics.log_lines_dropped("own").inc();
     metrics
 }
 
