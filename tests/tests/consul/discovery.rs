@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde_json::json;
 use weft_tests::{Consul, Mesh, can_run, until};
 
-use super::world::{app, get, sidecar};
+use super::world::{app, endpoints, get, sidecar};
 
 #[test]
 fn a_service_is_found_followed_and_kept_while_consul_is_away() {
@@ -65,4 +65,29 @@ fn a_service_is_found_followed_and_kept_while_consul_is_away() {
     for _ in 0..20 {
         assert_eq!(get(&client, "http://orders/"), "200 two");
     }
+}
+
+#[test]
+fn a_service_whose_identities_consul_lost_is_not_called_in_plaintext() {
+    if !can_run(&Consul::NEEDS) {
+        return;
+    }
+    let mesh = Mesh::new();
+    let (client, one, two) = (mesh.network.pod("client"), mesh.network.pod("one"), mesh.network.pod("two"));
+    let registry = mesh.network.pod("registry");
+    let mut consul = Consul::dev(&registry, "");
+    let _two = app(&two, "two", 8080);
+    // Its check is critical until somebody says otherwise.
+    let identity = json!({"weft-identity": weft_tests::identity("orders")});
+    let critical = json!({"Meta": identity, "Check": {"TTL": "1h"}});
+    consul.register("orders", "one", &one.ipv4().to_string(), 8080, critical);
+    let sidecar = sidecar(&mesh, &client, "web", &consul.address(), &[]);
+    assert_eq!(get(&client, "http://orders/"), "503 weft: no_endpoint");
+    consul.stop();
+    consul.wipe();
+    consul.start();
+    consul.register("orders", "two", &two.ipv4().to_string(), 8080, json!({}));
+    let address = format!("{}:8080", two.ipv4());
+    until("the new instance is known", || endpoints(&client, &sidecar).to_string().contains(&address));
+    assert_eq!(get(&client, "http://orders/"), "503 weft: handshake");
 }
