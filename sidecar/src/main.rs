@@ -1,6 +1,6 @@
 //! The command line of the sidecar: reads it, calls the room that does the work, turns the outcome into an exit
 //! code. 0: done; 1: failed; 2: settings or usage; otherwise the exit code of the command that `exec` ran, with 126 and
-//! 127 for one that cannot be executed or is not there.
+//! 127 for one that cannot be executed or is not there. Where its process or namespaces cannot be made, `exec` failed.
 
 use std::{
     ffi::OsString,

@@ -18,7 +18,7 @@ mod verify;
 
 pub use apply::{Applied, apply, clean};
 pub use command::RedirectCommand;
-pub use exec::{Listeners, Namespace, NamespaceSettings, check};
+pub use exec::{Listeners, Namespace, NamespaceSettings, NotStarted, check};
 pub use finding::{Finding, Outcome};
 pub use helper::namespace_main;
 pub use iptables::Backend;

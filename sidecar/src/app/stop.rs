@@ -2,7 +2,7 @@
 //! time, until peers have heard; let inbound requests finish; then tell the command to stop, whose last calls still
 //! go out; at last outbound.
 
-use std::{fs::File, io, process::ExitStatus, sync::Arc, thread, time::Duration};
+use std::{fs::File, process::ExitStatus, sync::Arc, thread, time::Duration};
 
 use anyhow::Result;
 use nix::{
@@ -23,7 +23,7 @@ use super::{
     publication::{Publication, app_addresses},
     tasks::Tasks,
 };
-use crate::redirect::Namespace;
+use crate::redirect::{Namespace, NotStarted};
 
 /// How long the settle time waits for the registry. One that hangs is waited for beside all else.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
@@ -247,7 +247,10 @@ async fn app_gone(shared: &Shared) {
 }
 
 /// What a shell says where exec refused the command; where it did not come to that it is our failure.
-fn not_started(error: &io::Error) -> u8 {
+/// What a shell says is of the command. What the sidecar did not get for it is the sidecar's own failure, also where the
+/// kernel has the same words for that.
+fn not_started(why: &NotStarted) -> u8 {
+    let NotStarted::NotExecuted(error) = why else { return FAILED };
     match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::ENOENT) => NOT_FOUND,
         Some(
@@ -313,6 +316,8 @@ pub(super) fn signals(command: Option<&Arc<Namespace>>) -> Result<mpsc::Receiver
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
 
     #[test]
@@ -327,16 +332,17 @@ mod tests {
             (Errno::ELOOP, 126),
             (Errno::EINVAL, 126),
             (Errno::ETXTBSY, 126),
-            // Of fork, of unshare, and where the helper does not know.
+            // None that exec says of a program, and where the helper does not know.
             (Errno::EAGAIN, 1),
             (Errno::ENOMEM, 1),
             (Errno::EPERM, 1),
             (Errno::ENOSPC, 1),
             (Errno::EIO, 1),
         ] {
-            assert_eq!(not_started(&io::Error::from_raw_os_error(errno as i32)), code, "{errno}");
+            let why = NotStarted::NotExecuted(io::Error::from_raw_os_error(errno as i32));
+            assert_eq!(not_started(&why), code, "{errno}");
         }
-        assert_eq!(not_started(&io::Error::new(io::ErrorKind::BrokenPipe, "the helper is gone")), 1);
+        assert_eq!(not_started(&NotStarted::NoProcess("EACCES: Permission denied".into())), 1);
     }
 
     #[tokio::test]

@@ -5,7 +5,7 @@
 use std::{
     env,
     ffi::OsString,
-    fs, io,
+    fmt, fs, io,
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
@@ -123,10 +123,31 @@ struct Shared {
 enum Progress {
     Prepared,
     Started,
-    NotStarted(i32),
+    NotStarted {
+        step: Option<Step>,
+        errno: i32,
+    },
     Exited(i32),
     /// The helper ended without a word.
     Gone,
+}
+
+/// Why the command does not run.
+#[derive(Debug)]
+pub enum NotStarted {
+    /// The kernel did not execute it, and says why, such as `NotFound`.
+    NotExecuted(io::Error),
+    /// It did not come to that: what failed, and what to change.
+    NoProcess(String),
+}
+
+impl fmt::Display for NotStarted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            NotStarted::NotExecuted(error) => error.fmt(f),
+            NotStarted::NoProcess(reason) => f.write_str(reason),
+        }
+    }
 }
 
 impl Namespace {
@@ -171,13 +192,19 @@ impl Namespace {
     /// Starts the command.
     ///
     /// # Errors
-    /// What the kernel said to it, such as `NotFound`.
-    pub async fn start_command(&self) -> io::Result<()> {
+    /// Why it does not run.
+    pub async fn start_command(&self) -> Result<(), NotStarted> {
+        let no_process = |error: io::Error| NotStarted::NoProcess(error.to_string());
         self.shared.is_begun.store(true, Ordering::Relaxed);
-        self.shared.say(&ToHelper::Start)?;
+        self.shared.say(&ToHelper::Start).map_err(no_process)?;
         match self.when(|now| now != Progress::Prepared).await {
-            Progress::NotStarted(errno) => Err(io::Error::from_raw_os_error(errno)),
-            Progress::Gone => Err(gone()),
+            Progress::NotStarted { step: None, errno } => {
+                Err(NotStarted::NotExecuted(io::Error::from_raw_os_error(errno)))
+            }
+            Progress::NotStarted { step: Some(step), errno } => {
+                Err(NotStarted::NoProcess(explain(step, &Errno::from_raw(errno).to_string())))
+            }
+            Progress::Gone => Err(no_process(gone())),
             Progress::Prepared | Progress::Started | Progress::Exited(_) => Ok(()),
         }
     }
@@ -211,7 +238,7 @@ impl Namespace {
         let ended = |now| !matches!(now, Progress::Prepared | Progress::Started);
         match self.when(ended).await {
             Progress::Exited(status) => Ok(ExitStatus::from_raw(status)),
-            Progress::NotStarted(errno) => Err(io::Error::from_raw_os_error(errno)),
+            Progress::NotStarted { errno, .. } => Err(io::Error::from_raw_os_error(errno)),
             Progress::Prepared | Progress::Started | Progress::Gone => Err(gone()),
         }
     }
@@ -243,8 +270,8 @@ impl Shared {
         while let Ok(Some(received)) = namespace::receive(self.socket.as_fd()) {
             match parse(&received) {
                 Ok(FromHelper::Started) => drop(progress.send_replace(Progress::Started)),
-                Ok(FromHelper::NotStarted { errno }) => {
-                    progress.send_replace(Progress::NotStarted(errno));
+                Ok(FromHelper::NotStarted { step, errno }) => {
+                    progress.send_replace(Progress::NotStarted { step, errno });
                 }
                 Ok(FromHelper::Exited { status }) => drop(progress.send_replace(Progress::Exited(status))),
                 Ok(FromHelper::Sockets { ipv6, made, missing, errno }) => {
@@ -391,20 +418,37 @@ fn explain(step: Step, reason: &str) -> String {
         Step::Network => "the network of the new namespace could not be set up",
         Step::Rules => "the rules in the new namespace could not be applied",
         Step::Listeners => "the listeners in the new namespace could not be opened",
+        Step::CommandNamespace => "the user namespace of the command could not be made",
+        Step::Command => "the process of the command could not be made",
     };
+    let may_be_forbidden = !matches!(step, Step::Listeners | Step::Command);
     let mut text = format!("{what}: {reason}");
     for (name, refusing, change) in SWITCHES {
         let value = fs::read_to_string(Path::new("/proc/sys").join(name.replace('.', "/")));
-        if step != Step::Listeners && value.is_ok_and(|value| value.trim() == refusing) {
+        if may_be_forbidden && value.is_ok_and(|value| value.trim() == refusing) {
             text.push_str(&format!("\n  {name} is {refusing}: run `sysctl -w {name}={change}` as root"));
         }
     }
     let denied = ["EPERM", "Operation not permitted", "Permission denied"];
-    if step != Step::Listeners && denied.iter().any(|word| reason.contains(word)) {
+    if may_be_forbidden && denied.iter().any(|word| reason.contains(word)) {
         text.push_str(
             "\n  A security module or a container runtime may deny it too: in a container allow user namespaces in \
              its seccomp profile, or use `weft-sidecar redirect apply` and `weft-sidecar run`, as Kubernetes does",
         );
+    }
+    if matches!(step, Step::Unshare | Step::CommandNamespace) {
+        if reason.contains("EINVAL") {
+            text.push_str(
+                "\n  The kernel may have no such namespaces (CONFIG_USER_NS, CONFIG_NET_NS): use `weft-sidecar redirect \
+                 apply` and `weft-sidecar run` there",
+            );
+        }
+        if reason.contains("ENOSPC") {
+            text.push_str(
+                "\n  The limit of namespaces is reached, here or in what this runs in: raise \
+                 user.max_user_namespaces and user.max_net_namespaces as root",
+            );
+        }
     }
     text
 }
@@ -433,6 +477,15 @@ mod tests {
         let text = explain(Step::Unshare, "EPERM: Operation not permitted");
         assert!(text.contains("may not make a user") && text.contains("seccomp"), "{text}");
         assert!(!explain(Step::Listeners, "EPERM").contains("seccomp"));
+        for (reason, remedy) in [
+            ("EACCES: Permission denied", "seccomp"),
+            ("EINVAL: Invalid argument", "CONFIG_USER_NS"),
+            ("ENOSPC: No space left on device", "user.max_user_namespaces"),
+        ] {
+            let text = explain(Step::CommandNamespace, reason);
+            assert!(text.contains("of the command") && text.contains(remedy), "{text}");
+        }
+        assert!(!explain(Step::Command, "EACCES: Permission denied").contains("seccomp"));
     }
 
     #[test]

@@ -36,7 +36,7 @@ use super::{
     apply::apply_plan,
     iptables::{Backend, Tools, find_program},
     message::{FromHelper, MOST_SOCKETS, Preparation, Purpose, Step, ToHelper, parse, send},
-    namespace::{self, UserMap},
+    namespace::{self, StartFailed, UserMap},
     plan::{SIDECAR_MARK, namespace_plan},
 };
 
@@ -179,13 +179,14 @@ impl Helper {
                     let _ = dup2_stdout(io::stderr());
                     self.say(&FromHelper::Started)?;
                 }
-                Err(error) => {
+                Err(StartFailed { step, error }) => {
                     let errno = error.raw_os_error().unwrap_or(Errno::EIO as i32);
                     // The kernel says so too of a folder of the PATH that this user may not search.
-                    let nowhere =
-                        errno == Errno::EACCES as i32 && self.command.first().is_some_and(is_nowhere);
+                    let nowhere = step.is_none()
+                        && errno == Errno::EACCES as i32
+                        && self.command.first().is_some_and(is_nowhere);
                     let errno = if nowhere { Errno::ENOENT as i32 } else { errno };
-                    self.say(&FromHelper::NotStarted { errno })?;
+                    self.say(&FromHelper::NotStarted { step, errno })?;
                 }
             },
             ToHelper::Signal(number) => {
@@ -201,16 +202,18 @@ impl Helper {
         Ok(())
     }
 
-    fn start_command(&self) -> io::Result<Pid> {
-        let command = namespace::c_strings(self.command.iter().cloned())?;
+    fn start_command(&self) -> Result<Pid, StartFailed> {
+        let not_executed = |error| StartFailed { step: None, error };
+        let command = namespace::c_strings(self.command.iter().cloned()).map_err(not_executed)?;
         let ours = |name: &OsString| name.as_bytes().starts_with(names::ENV_PREFIX.as_bytes());
         let environment = env::vars_os().filter(|(name, _)| !ours(name)).map(|(mut name, value)| {
             name.push("=");
             name.push(value);
             name
         });
-        let environment = namespace::c_strings(environment)?;
-        namespace::start_command(&command, &environment, &self.users()?, self.command_descriptors)
+        let environment = namespace::c_strings(environment).map_err(not_executed)?;
+        let users = self.users().map_err(StartFailed::before(Step::Users))?;
+        namespace::start_command(&command, &environment, &users, self.command_descriptors)
     }
 
     /// The command's users below ours: the same again, or the one that we map as 0 under its own number.

@@ -57,8 +57,8 @@ pub(super) enum FromHelper {
     Failed { step: Step, reason: String },
     /// The command runs.
     Started,
-    /// The command could not be started: what the kernel said.
-    NotStarted { errno: i32 },
+    /// The command could not be started: what the kernel said to its execution, or to that step before it.
+    NotStarted { step: Option<Step>, errno: i32 },
     /// So many sockets were `made` and attached; `missing` of those that were asked for could not be made.
     Sockets { ipv6: bool, made: usize, missing: usize, errno: i32 },
     /// The command ended: its status as `wait(2)` gives it.
@@ -74,7 +74,7 @@ pub(super) enum Purpose {
     Upstream(SocketAddr),
 }
 
-/// Where the preparation of a namespace can fail.
+/// Where the preparation of a namespace, or the start of the command in it, can fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Step {
     /// Making a user and a network namespace.
@@ -87,6 +87,10 @@ pub(super) enum Step {
     Rules,
     /// Opening the listeners.
     Listeners,
+    /// Making the user namespace of the command.
+    CommandNamespace,
+    /// Making the process of the command, up to its execution.
+    Command,
 }
 
 /// Sends a message, from any thread: one message is one unit.

@@ -33,7 +33,7 @@ use nix::{
 
 use super::{
     NAMESPACE_ARGUMENT,
-    message::{LONGEST, MOST_SOCKETS, Received},
+    message::{LONGEST, MOST_SOCKETS, Received, Step},
 };
 
 /// Starts this program again as the helper, with one end of a new socket; gives the other end.
@@ -168,35 +168,50 @@ impl UserMap {
     }
 }
 
+/// What the kernel said to the execution of the command, or to a step before it.
+#[derive(Debug)]
+pub(super) struct StartFailed {
+    /// None: its execution.
+    pub step: Option<Step>,
+    pub error: io::Error,
+}
+
+impl StartFailed {
+    /// It did not come to the execution.
+    pub(super) fn before<E: Into<io::Error>>(step: Step) -> impl Fn(E) -> StartFailed {
+        move |error| StartFailed { step: Some(step), error: error.into() }
+    }
+}
+
 /// Starts the command in a user namespace below the helper's, where it has no capability over the helper's
 /// network namespace. It dies with the helper. It inherits only descriptors 0, 1 and 2, no blocked signal, and
 /// the given environment and soft limit of descriptors.
 ///
 /// # Errors
-/// What fork, unshare or exec says; then no process is left.
+/// What fork, unshare or exec says, and which of them; then no process is left.
 pub(super) fn start_command(
     command: &[CString],
     environment: &[CString],
     users: &UserMap,
     descriptors: Option<u64>,
-) -> io::Result<Pid> {
-    let (from_child, to_helper) = pipe2(OFlag::O_CLOEXEC)?;
-    let (from_helper, to_child) = pipe2(OFlag::O_CLOEXEC)?;
+) -> Result<Pid, StartFailed> {
+    let (from_child, to_helper) = pipe2(OFlag::O_CLOEXEC).map_err(StartFailed::before(Step::Command))?;
+    let (from_helper, to_child) = pipe2(OFlag::O_CLOEXEC).map_err(StartFailed::before(Step::Command))?;
     let helper = getpid();
     // SAFETY: the helper has one thread, so the child may do whatever a process may.
-    match unsafe { fork() }? {
+    match unsafe { fork() }.map_err(StartFailed::before(Step::Command))? {
         ForkResult::Child => {
             drop((from_child, to_child));
             let mut report = File::from(to_helper);
-            let Err(error) = become_command(
-                command,
-                environment,
-                helper,
-                descriptors,
-                &mut report,
-                File::from(from_helper),
-            );
-            let _ = report.write_all(&(error as i32).to_ne_bytes());
+            let prepared = prepare_command(helper, descriptors, &mut report, File::from(from_helper));
+            let (stage, error) = match prepared {
+                Err(error) => (NOT_PREPARED, error),
+                Ok(()) => {
+                    let Err(error) = execute(command, environment);
+                    (NOT_EXECUTED, error)
+                }
+            };
+            let _ = report.write_all(stage).and_then(|()| report.write_all(&(error as i32).to_ne_bytes()));
             // SAFETY: ends the child at once, without running what the helper has registered for its exit.
             unsafe { libc::_exit(127) }
         }
@@ -213,34 +228,37 @@ pub(super) fn start_command(
 }
 
 /// The helper's side of starting the command: map its users, let it go on, and hear whether exec worked.
-fn release(child: Pid, mut report: File, mut go: File, users: &UserMap) -> io::Result<()> {
+fn release(child: Pid, mut report: File, mut go: File, users: &UserMap) -> Result<(), StartFailed> {
     let mut ready = [0];
-    report.read_exact(&mut ready)?;
-    if ready == *UNSHARED {
-        users.write(child)?;
-        go.write_all(b"g")?;
+    report.read_exact(&mut ready).map_err(StartFailed::before(Step::Command))?;
+    let is_unshared = ready == *UNSHARED;
+    if is_unshared {
+        users.write(child).map_err(StartFailed::before(Step::Users))?;
+        go.write_all(b"g").map_err(StartFailed::before(Step::Command))?;
     }
-    let mut error = Vec::new();
-    report.read_to_end(&mut error)?;
-    // exec closes the pipe; bytes are an error number
-    match <[u8; 4]>::try_from(error.as_slice()) {
-        Ok(number) => Err(io::Error::from_raw_os_error(i32::from_ne_bytes(number))),
-        Err(_) => Ok(()),
-    }
+    let mut failed = Vec::new();
+    report.read_to_end(&mut failed).map_err(StartFailed::before(Step::Command))?;
+    // exec closes the pipe; bytes are how far it came and an error number
+    let Ok([stage, number @ ..]) = <[u8; 5]>::try_from(failed.as_slice()) else { return Ok(()) };
+    let step = match is_unshared {
+        false => Some(Step::CommandNamespace),
+        true => (stage != NOT_EXECUTED[0]).then_some(Step::Command),
+    };
+    Err(StartFailed { step, error: io::Error::from_raw_os_error(i32::from_ne_bytes(number)) })
 }
 
 const UNSHARED: &[u8; 1] = b"u";
 const NOT_UNSHARED: &[u8; 1] = b"n";
+const NOT_PREPARED: &[u8; 1] = b"p";
+const NOT_EXECUTED: &[u8; 1] = b"e";
 
-/// The child's side: it returns only if it fails.
-fn become_command(
-    command: &[CString],
-    environment: &[CString],
+/// The child's side, up to the execution of the command.
+fn prepare_command(
     helper: Pid,
     descriptors: Option<u64>,
     report: &mut File,
     mut go: File,
-) -> Result<Infallible, Errno> {
+) -> Result<(), Errno> {
     if let Err(error) = unshare(CloneFlags::CLONE_NEWUSER) {
         let _ = report.write_all(NOT_UNSHARED);
         return Err(error);
@@ -258,7 +276,11 @@ fn become_command(
     }
     // SAFETY: sets a default, which runs no code of ours. Rust programs ignore SIGPIPE, others expect it.
     unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }?;
-    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)
+}
+
+/// It returns only if it fails.
+fn execute(command: &[CString], environment: &[CString]) -> Result<Infallible, Errno> {
     let program = command.first().ok_or(Errno::ENOENT)?;
     execvpe(program, command, environment)
 }

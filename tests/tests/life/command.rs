@@ -1,10 +1,10 @@
 //! The command of `exec`: it is started before anybody hears of it, standard output is its own, and one that cannot run
 //! leaves nothing behind. An app that is not there yet is not handed out.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, process::Command};
 
 use nix::sys::signal::Signal;
-use weft_tests::{Mesh, Need, can_run, output_of, pause, program, program_for_everyone, until};
+use weft_tests::{Mesh, Need, Process, can_run, output_of, pause, program, program_for_everyone, until};
 
 const NEEDS: [Need; 3] = [Need::Root, Need::Program("ip", "iproute2"), Need::Program("curl", "curl")];
 
@@ -24,6 +24,40 @@ fn a_command_that_cannot_run_leaves_nothing_behind() {
         assert!(exec.process.log().contains("cannot start the command"), "{}", exec.process.log());
         assert!(!exec.socket().exists(), "{command}: the admin socket stays");
         assert_eq!(fs::read_dir(mesh.services()).expect("the services").count(), 0, "{command}");
+    }
+}
+
+#[test]
+fn a_namespace_that_the_command_cannot_have_is_no_fault_of_the_command() {
+    if !can_run(&[Need::Root, Need::Program("ip", "iproute2"), Need::Program("strace", "strace")]) {
+        return;
+    }
+    let mut mesh = Mesh::new();
+    for (error, remedy) in
+        [("EACCES", "seccomp"), ("EINVAL", "CONFIG_USER_NS"), ("ENOSPC", "user.max_user_namespaces")]
+    {
+        // Without a certificate the command is not started yet, but all that the helper needs is there.
+        mesh.stop_authority();
+        let pod = mesh.network.pod(&error.to_lowercase());
+        let mut exec = mesh.start_exec_under(&[], &pod, "batch", &[], &["true"]);
+        exec.process.wait_for_line("started service=batch");
+        let sidecar = exec.process.id();
+        let children =
+            fs::read_to_string(format!("/proc/{sidecar}/task/{sidecar}/children")).expect("children");
+        let helper = children.trim();
+        let mut strace = Command::new("strace");
+        strace.args(["-f", "-qq", "-p", helper, "-e", "trace=unshare", "-e"]);
+        strace.arg(format!("inject=unshare:error={error}"));
+        let _strace = Process::start("strace", strace);
+        until("the helper is traced", || {
+            let status = fs::read_to_string(format!("/proc/{helper}/status")).expect("its status");
+            status.lines().any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
+        });
+        mesh.start_authority("24h");
+        assert_eq!(exec.process.wait().code(), Some(1), "{error}:\n{}", exec.process.log());
+        let log = exec.process.log();
+        assert!(log.contains("cannot start the command: the user namespace of the command"), "{log}");
+        assert!(log.contains(remedy), "{error}: {log}");
     }
 }
 
