@@ -29,7 +29,7 @@ use crate::{
     net::Reclaimer,
     outbound::Upstreams,
     redirect::Namespace,
-    serve::{SilentLimit, WhenFull},
+    serve::{IdleConnections, SilentLimit, WhenFull},
     telemetry::{LogLevel, SpanExport, Telemetry},
     tls::Credentials,
 };
@@ -156,6 +156,7 @@ struct Places {
     inbound_requests: Arc<Semaphore>,
     outbound_requests: Arc<Semaphore>,
     inbound_silent: Arc<SilentLimit>,
+    inbound_idle: Arc<IdleConnections>,
     /// What becomes of a connection over the bound.
     when_full: WhenFull,
 }

@@ -1,6 +1,7 @@
 //! HTTP around hyper: serving a connection, bodies that report how they ended, requests that can be sent again,
 //! headers between hops (RFC 9110 7.6), answers of our own, upgrades. hyper does all framing.
 
+mod activity;
 pub mod body;
 pub mod headers;
 mod observe;
@@ -14,10 +15,11 @@ mod upgrade;
 mod upload;
 mod waiting;
 
+pub use activity::Activity;
 pub use body::{Body, BodyEnd, Ended};
 pub use observe::{answer_failed, begin_answer, end_answer, end_speaks_against_endpoint};
 pub use replay::Replay;
 pub use respond::{answer, refuse_stream};
-pub use server::{HttpLimits, SIDECAR_FIELDS, serve};
+pub use server::{HttpLimits, SIDECAR_FIELDS, Stop, serve};
 pub use upgrade::{Upgrade, Upgraded, frame_for_upgrade, left_http, wants_upgrade};
 pub use upload::{Sending, is_malformed, upload};

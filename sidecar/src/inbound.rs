@@ -15,7 +15,7 @@ pub use delivery::{Delivery, Meaning};
 
 use std::{
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     pin::{Pin, pin},
     sync::Arc,
     time::Duration,
@@ -24,7 +24,7 @@ use std::{
 use hyper::Request;
 use tokio::{
     net::TcpStream,
-    sync::{Semaphore, watch},
+    sync::{Notify, Semaphore, watch},
     time::timeout,
 };
 
@@ -32,11 +32,11 @@ use crate::{
     connect::{self, Connector, Key, Lease, Pool, Security, trust_in_bytes_ended},
     detect::{self, FirstToSpeak, Heard, Hello, ReadAhead},
     drain::Draining,
-    http::{self, Body, HttpLimits, Upgrade},
+    http::{self, Activity, Body, HttpLimits, Stop, Upgrade},
     model::{ExpiredPeers, Failed, Failure, HttpVersion, MutualTls, Protocol, Result},
     net::{self, BrokenSide, Stream},
     policy::authorization::{Permit, authorize},
-    serve::SilentLimit,
+    serve::{IdleConnections, SilentLimit},
     telemetry::{self, Direction, ServiceMetrics, Telemetry},
     tls::{self, Alpn, Credentials},
 };
@@ -67,8 +67,8 @@ pub struct Inbound {
     pub requests: Arc<Semaphore>,
     /// Connections on which nobody has spoken yet.
     pub silent: Arc<SilentLimit>,
-    /// How long a connection may finish after it was told to.
-    pub drain_timeout: Duration,
+    /// HTTP connections, of which idle ones make room for others.
+    pub idle: Arc<IdleConnections>,
     /// Metrics, log and spans.
     pub telemetry: Arc<Telemetry>,
     /// Resolved metrics of requests to the app.
@@ -303,21 +303,36 @@ impl Inbound {
         record: &mut telemetry::Connection,
     ) -> Result<()> {
         let arrival = Arc::new(arrival);
+        let is_begun = begins_within_a_head(&stream, version, &arrival.caller);
+        let head_came = Notify::new();
         let answer = |request: Request<Body>| {
+            if is_begun {
+                head_came.notify_one();
+            }
             let (story, arrival) = (self.clone(), arrival.clone());
             async move { story.answer(request, &arrival, version).await }
         };
+        let activity = Activity::new();
+        let mut registration = self.idle.register(arrival.client.ip(), activity.clone());
         let stop = async {
             tokio::select! {
-                () = draining.started() => Failed::new(Failure::Draining, "the sidecar stops"),
-                over = self.welcome_over(&arrival, ExpiredPeers::Close) => over,
+                () = draining.started() => Stop::Finish(Failed::new(Failure::Draining, "the sidecar stops")),
+                over = self.welcome_over(&arrival, ExpiredPeers::Close) => Stop::Finish(over),
+                () = registration.closed() => Stop::MakeRoom(made_room()),
             }
         };
         let limits = match &arrival.caller {
             Caller::Plaintext => self.limits.of_strangers(),
             Caller::Peer(_) | Caller::Own(_) => self.limits.of_sidecars(),
         };
-        http::serve(stream, version, &limits, stop, self.drain_timeout, &arrival.cut, answer).await?;
+        let too_many_wait = self.first_head(is_begun, &head_came, arrival.client.ip());
+        tokio::select! {
+            biased;
+            served = http::serve(stream, version, &limits, stop, &activity, &arrival.cut, answer) => served?,
+            failed = too_many_wait => return Err(failed),
+        }
+        // What it may be upgraded to is not idle.
+        drop(registration);
         match arrival.upgrade.upgraded().await.map_err(|error| broke(&error))? {
             Some(upgraded) => {
                 let permit = self.permit(&arrival)?;
@@ -325,6 +340,25 @@ impl Inbound {
             }
             None => Ok(()),
         }
+    }
+
+    /// A client that has begun its first head counts among the silent ones until it is complete. Resolves where those
+    /// are too many. Boxed, as most heads come in one piece.
+    fn first_head<'a>(
+        &'a self,
+        is_begun: bool,
+        head_came: &'a Notify,
+        client: IpAddr,
+    ) -> Pin<Box<dyn Future<Output = Failed> + Send + 'a>> {
+        if !is_begun {
+            return Box::pin(std::future::pending());
+        }
+        Box::pin(async move {
+            match self.silent.wait_beyond(AT_ONCE, client, pin!(head_came.notified())).await {
+                Err(failed) => failed,
+                Ok(()) => std::future::pending().await,
+            }
+        })
     }
 
     /// Bytes both ways, as long as the caller is welcome.
@@ -434,6 +468,22 @@ fn security(caller: &Caller, protocol: Protocol) -> telemetry::Security {
 fn plaintext_is_over(meant: SocketAddr) -> Failed {
     let detail = format!("{meant} takes mutual TLS of the mesh only, since its policy changed");
     Failed::new(Failure::PlaintextRefused, detail)
+}
+
+fn made_room() -> Failed {
+    Failed::new(
+        Failure::Overloaded,
+        "it was idle, and made room for another as the bound of connections was reached",
+    )
+}
+
+/// Has a stranger sent a part of its first head, and not all of it?
+fn begins_within_a_head(stream: &Stream, version: HttpVersion, caller: &Caller) -> bool {
+    let ends = |end: &[u8]| stream.peeked().windows(end.len()).any(|bytes| bytes == end);
+    version == HttpVersion::Http1
+        && matches!(caller, Caller::Plaintext)
+        // A line may end in a bare LF (RFC 9112 2.2).
+        && !(ends(b"\n\r\n") || ends(b"\n\n"))
 }
 
 fn names_the_mesh(ahead: &ReadAhead) -> bool {

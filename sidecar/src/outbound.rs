@@ -25,7 +25,7 @@ use crate::{
     detect::{self, Heard},
     discovery::{Destination, Directory, Registry, VirtualAddresses},
     drain::Draining,
-    http::{self, Body, HttpLimits, Upgrade, Upgraded},
+    http::{self, Activity, Body, HttpLimits, Stop, Upgrade, Upgraded},
     inbound::Inbound,
     model::{Endpoint, Failed, Failure, HttpVersion, Protocol, Result, ServiceName},
     net::{self, Stream},
@@ -62,8 +62,6 @@ pub struct Outbound {
     pub limits: HttpLimits,
     /// Requests at a time.
     pub requests: Arc<Semaphore>,
-    /// How long a connection may finish after it was told to.
-    pub drain_timeout: Duration,
     /// Metrics, log and spans.
     pub telemetry: Arc<Telemetry>,
 }
@@ -302,8 +300,8 @@ impl Outbound {
             let cut = cut.clone();
             async move { Ok(story.answer(request, &target, client, version, &upgrade, &cut).await) }
         };
-        let stop = stopping(&mut draining);
-        http::serve(stream, version, &self.limits, stop, self.drain_timeout, &cut, answer).await?;
+        let (stop, activity) = (stopping(&mut draining), Activity::new());
+        http::serve(stream, version, &self.limits, stop, &activity, &cut, answer).await?;
         let upgraded = upgrade.upgraded().await;
         match upgraded.map_err(|error| Failed::new(Failure::Reset, error.to_string()))? {
             Some(Upgraded { client, server, peer }) => {
@@ -328,8 +326,8 @@ impl Outbound {
                 let is_grpc = http::headers::is_grpc(request.headers());
                 async move { Ok(http::answer(failure, is_grpc)) }
             };
-            let (stop, cut) = (stopping(&mut draining), Cut::default());
-            http::serve(stream, version, &self.limits, stop, self.drain_timeout, &cut, answer).await?;
+            let (stop, activity, cut) = (stopping(&mut draining), Activity::new(), Cut::default());
+            http::serve(stream, version, &self.limits, stop, &activity, &cut, answer).await?;
         } else {
             net::reset(&stream);
         }
@@ -338,9 +336,9 @@ impl Outbound {
 }
 
 /// Resolves when the sidecar stops.
-async fn stopping(draining: &mut Draining) -> Failed {
+async fn stopping(draining: &mut Draining) -> Stop {
     draining.started().await;
-    Failed::new(Failure::Draining, "the sidecar stops")
+    Stop::Finish(Failed::new(Failure::Draining, "the sidecar stops"))
 }
 
 /// What protects the connection to the target, for its metrics.

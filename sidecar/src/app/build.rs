@@ -216,6 +216,7 @@ fn places(config: &Config, when_full: WhenFull) -> Places {
         inbound_requests: Arc::new(Semaphore::new(limits.requests)),
         outbound_requests: Arc::new(Semaphore::new(limits.requests)),
         inbound_silent: SilentLimit::new(limits.connections),
+        inbound_idle: Arc::default(),
         when_full,
     }
 }

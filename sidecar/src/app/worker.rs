@@ -12,7 +12,7 @@ use crate::{
     inbound::{Delivery, Inbound},
     model::{Failed, Failure},
     outbound::Outbound,
-    serve::{self, Incident},
+    serve::{self, Cap, Incident},
     telemetry::Direction,
 };
 
@@ -54,7 +54,11 @@ async fn carry(shared: &Arc<Shared>, listeners: Listeners, delivery: Delivery, d
         let connection_draining = draining.clone();
         loops.spawn(serve::accept_within(
             listener,
-            (shared.places.inbound_connections.clone(), shared.places.when_full),
+            Cap {
+                places: shared.places.inbound_connections.clone(),
+                when_full: shared.places.when_full,
+                idle: Some(shared.places.inbound_idle.clone()),
+            },
             draining,
             tell(shared, Direction::Inbound),
             move |stream, client| story.clone().connection(stream, client, connection_draining.clone()),
@@ -65,7 +69,11 @@ async fn carry(shared: &Arc<Shared>, listeners: Listeners, delivery: Delivery, d
         let connection_draining = draining.clone();
         loops.spawn(serve::accept_within(
             listener,
-            (shared.places.outbound_connections.clone(), shared.places.when_full),
+            Cap {
+                places: shared.places.outbound_connections.clone(),
+                when_full: shared.places.when_full,
+                idle: None,
+            },
             draining,
             tell(shared, Direction::Outbound),
             move |stream, client| story.clone().connection(stream, client, connection_draining.clone()),
@@ -113,7 +121,7 @@ fn tell(shared: &Arc<Shared>, direction: Direction) -> impl Fn(Incident) + Clone
             %client,
             direction = direction.label(),
             "clients wait, as the bound of connections at a time is reached and the limit of open files allows no more. \
-             Raise the hard limit (`ulimit -Hn`, LimitNOFILE=), or lower --idle-timeout"
+             Raise the hard limit (`ulimit -Hn`, LimitNOFILE=)"
         ),
         Incident::Panicked(client) => {
             tracing::error!(%client, direction = direction.label(), "the task of a connection panicked");
@@ -128,6 +136,7 @@ fn limits(shared: &Shared) -> HttpLimits {
         header_fields: limits.header_fields,
         header_timeout: limits.header_timeout,
         idle_timeout: limits.idle_timeout,
+        drain_timeout: shared.config.drain.timeout,
         concurrent_streams: limits.streams,
         ..HttpLimits::default()
     }
@@ -147,7 +156,7 @@ fn inbound(shared: &Arc<Shared>, delivery: Delivery) -> Arc<Inbound> {
         limits: limits(shared),
         requests: shared.places.inbound_requests.clone(),
         silent: shared.places.inbound_silent.clone(),
-        drain_timeout: shared.config.drain.timeout,
+        idle: shared.places.inbound_idle.clone(),
         metrics: shared.telemetry.metrics().service(Direction::Inbound, service, ""),
         telemetry: shared.telemetry.clone(),
     })
@@ -173,7 +182,6 @@ fn outbound(shared: &Arc<Shared>, inbound: Arc<Inbound>) -> Arc<Outbound> {
         own_ports: config.own_ports(),
         limits: limits(shared),
         requests: shared.places.outbound_requests.clone(),
-        drain_timeout: config.drain.timeout,
         telemetry: shared.telemetry.clone(),
     })
 }

@@ -17,7 +17,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{Body, respond::refuse_stream, streams::Streams, unread::Unread, waiting::HeadTimer};
+use super::{Activity, Body, respond::refuse_stream, streams::Streams, unread::Unread, waiting::HeadTimer};
 use crate::{
     model::{Failed, Failure, HttpVersion},
     net::Stream,
@@ -36,6 +36,8 @@ pub struct HttpLimits {
     pub header_timeout: Duration,
     /// How long a connection may be without a request.
     pub idle_timeout: Duration,
+    /// How long requests may go on after their connection was told to end.
+    pub drain_timeout: Duration,
     /// Requests at a time on one HTTP/2 connection.
     pub concurrent_streams: u32,
     /// Streams a client may reset before we have looked at them (CVE-2023-44487).
@@ -57,6 +59,7 @@ impl Default for HttpLimits {
             header_fields: 100,
             header_timeout: Duration::from_secs(30),
             idle_timeout: Duration::from_secs(3600),
+            drain_timeout: Duration::from_secs(30),
             concurrent_streams: 128,
             pending_resets: 100,
             resets: 500,
@@ -109,6 +112,8 @@ const STRANGER_SEND_BUFFER: usize = 16 * 1024;
 /// How long a client may go on sending a request that was answered, and how long it may be silent then.
 const LINGER: Duration = Duration::from_secs(30);
 const LINGER_SILENCE: Duration = Duration::from_secs(5);
+/// How long an idle connection that is to make room may take: a GOAWAY and its client's answer to the PING behind it.
+const MAKE_ROOM_WITHIN: Duration = Duration::from_millis(250);
 /// A silent HTTP/2 peer is asked whether it lives after this long.
 const PING_AFTER: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
@@ -117,17 +122,47 @@ const PREFACE_BYTES: u64 = 24 + 9;
 /// What hyper counts of a header field beside its name and value (RFC 9113 6.5.2).
 const FIELD_OVERHEAD: usize = 32;
 
+/// Why a connection is to end.
+#[derive(Debug)]
+pub enum Stop {
+    /// It takes no further request. Those in flight may go on for the drain timeout, and are cut then for this reason.
+    Finish(Failed),
+    /// The same, but it is idle and another connection waits for its place: it has little time.
+    MakeRoom(Failed),
+}
+
+impl Stop {
+    fn why(&self) -> &Failed {
+        let (Stop::Finish(why) | Stop::MakeRoom(why)) = self;
+        why
+    }
+
+    /// Resolves when a connection that is to make room has had time for it and has no request in flight.
+    async fn must_be_gone(&self, activity: &Activity) {
+        if let Stop::Finish(_) = self {
+            return std::future::pending().await;
+        }
+        loop {
+            sleep(MAKE_ROOM_WITHIN).await;
+            if activity.idle_since().is_some() {
+                return;
+            }
+        }
+    }
+}
+
 /// Serves requests until the client closes, breaks the rules, or `stop` resolves and the last answer is out,
-/// for which it waits `drain_timeout` at most: then the connection is cut, for the reason that `stop` gave.
+/// for which it waits for the drain timeout at most: then the connection is cut, for the reason that `stop` gave.
 ///
 /// # Errors
-/// A failure on the client's side, which hyper has answered already where it could; or the reason for the cut.
+/// A failure on the client's side, which hyper has answered already where it could; the reason for the cut; or for
+/// which it made room.
 pub async fn serve<Answer, Answering>(
     stream: Stream,
     version: HttpVersion,
     limits: &HttpLimits,
-    stop: impl Future<Output = Failed>,
-    drain_timeout: Duration,
+    stop: impl Future<Output = Stop>,
+    activity: &Activity,
     cut: &Cut,
     answer: Answer,
 ) -> Result<(), Failed>
@@ -136,16 +171,16 @@ where
     Answering: Future<Output = Result<Response<Body>, h2::Error>> + Send + 'static,
 {
     match version {
-        HttpVersion::Http1 => serve_http1(stream, limits, stop, drain_timeout, cut, answer).await,
-        HttpVersion::Http2 => serve_http2(stream, limits, stop, drain_timeout, cut, answer).await,
+        HttpVersion::Http1 => serve_http1(stream, limits, stop, activity, cut, answer).await,
+        HttpVersion::Http2 => serve_http2(stream, limits, stop, activity, cut, answer).await,
     }
 }
 
 async fn serve_http1<Answer, Answering>(
     mut stream: Stream,
     limits: &HttpLimits,
-    stop: impl Future<Output = Failed>,
-    drain_timeout: Duration,
+    stop: impl Future<Output = Stop>,
+    activity: &Activity,
     cut: &Cut,
     answer: Answer,
 ) -> Result<(), Failed>
@@ -153,7 +188,8 @@ where
     Answer: Fn(Request<Body>) -> Answering,
     Answering: Future<Output = Result<Response<Body>, h2::Error>> + Send + 'static,
 {
-    let timer = HeadTimer::new(stream.count_reads(), limits.header_timeout);
+    let timer =
+        HeadTimer::new(stream.count_reads(), limits.header_timeout, limits.idle_timeout, activity.clone());
     let reset = stream.cut_flag();
     let half_close = stream.half_close();
     stream.note_reads();
@@ -181,19 +217,25 @@ where
         ended = serving.as_mut() => ended,
         () = timer.keep_time() => return Ok(()),
         () = looking => return Ok(()),
-        why = stop.as_mut() => {
+        stop = stop.as_mut() => {
             serving.as_mut().graceful_shutdown();
             let ending = async {
                 tokio::select! {
                     biased;
                     ended = serving.as_mut() => ended,
                     () = timer.keep_time() => Ok(()),
+                    // Boxed, as it is rare.
+                    () = Box::pin(stop.must_be_gone(activity)) => Ok(()),
                 }
             };
-            let in_time = timeout(drain_timeout, ending).await;
+            let in_time = timeout(limits.drain_timeout, ending).await;
             // Whoever is told to stop waits for nobody who has had an answer.
             unread.clear();
-            in_time.map_err(|_| cut.because(still_in_flight(&why, drain_timeout)))?
+            let ended = in_time.map_err(|_| cut.because(still_in_flight(stop.why(), limits)))?;
+            if let Stop::MakeRoom(why) = stop {
+                return Err(why);
+            }
+            ended
         }
     };
     match ended {
@@ -239,8 +281,8 @@ async fn linger(mut stream: Stream) {
 async fn serve_http2<Answer, Answering>(
     mut stream: Stream,
     limits: &HttpLimits,
-    stop: impl Future<Output = Failed>,
-    drain_timeout: Duration,
+    stop: impl Future<Output = Stop>,
+    activity: &Activity,
     cut: &Cut,
     answer: Answer,
 ) -> Result<(), Failed>
@@ -249,7 +291,7 @@ where
     Answering: Future<Output = Result<Response<Body>, h2::Error>> + Send + 'static,
 {
     let read = stream.count_reads();
-    let streams = Streams::new();
+    let streams = Streams::new(activity.clone());
     let service = service_fn(|request: Request<Incoming>| {
         // Boxed: a task is moved several times until it runs, and this is nearly all of it.
         let begun = streams.begin().map(|in_flight| (in_flight, Box::pin(answer(request.map(Body::from)))));
@@ -262,31 +304,44 @@ where
     });
     let mut connection = std::pin::pin!(http2(limits).serve_connection(TokioIo::new(stream), service));
     // None: the client took back too much.
-    let why = tokio::select! {
+    let stop = tokio::select! {
         biased;
         // First: a connection with enough to do takes all that one turn of a task may.
-        why = stop => Some(why),
+        stop = stop => Some(stop),
         ended = connection.as_mut() => return ended.map_err(|error| client_failure(&error)),
-        () = streams.idle_for(limits.idle_timeout) => Some(Failed::new(Failure::Draining, "it was idle")),
+        () = streams.idle_for(limits.idle_timeout) => Some(Stop::Finish(Failed::new(Failure::Draining, "it was idle"))),
         () = no_preface(&read, limits.header_timeout) => {
             return Err(Failed::new(Failure::ClientTimeout, "the preface of HTTP/2 did not come"));
         }
         () = streams.resets_reach(limits.resets) => None,
     };
     connection.as_mut().graceful_shutdown();
-    if why.is_none() {
+    let Some(stop) = stop else {
         streams.refuse();
+        // What is in flight may end; a client that goes on is cut off.
+        tokio::select! {
+            _ = connection => {}
+            () = sleep(limits.drain_timeout) => {}
+            () = streams.resets_reach(limits.resets.saturating_mul(2)) => {}
+        }
+        let detail =
+            format!("the client took back {} requests at once, more than were answered", limits.resets);
+        return Err(Failed::new(Failure::BadRequest, detail));
+    };
+    let ended = tokio::select! {
+        ended = connection => ended.map_err(|error| client_failure(&error)),
+        () = sleep(limits.drain_timeout) => return Err(cut.because(still_in_flight(stop.why(), limits))),
+        () = streams.resets_reach(limits.resets.saturating_mul(2)) => {
+            let detail = format!("the client took back {} requests at once, more than were answered", limits.resets);
+            return Err(Failed::new(Failure::BadRequest, detail));
+        }
+        // Boxed, as it is rare.
+        () = Box::pin(stop.must_be_gone(activity)) => Ok(()),
+    };
+    match stop {
+        Stop::MakeRoom(why) => Err(why),
+        Stop::Finish(_) => ended,
     }
-    // What is in flight may end, also for a client that took back too much; one that goes on is cut off.
-    tokio::select! {
-        ended = connection.as_mut() => if why.is_some() { return ended.map_err(|error| client_failure(&error)) },
-        () = sleep(drain_timeout) => if let Some(why) = why {
-            return Err(cut.because(still_in_flight(&why, drain_timeout)));
-        },
-        () = streams.resets_reach(limits.resets.saturating_mul(2)) => {}
-    }
-    let detail = format!("the client took back {} requests at once, more than were answered", limits.resets);
-    Err(Failed::new(Failure::BadRequest, detail))
 }
 
 /// Resolves if the client of an HTTP/2 connection has not begun to speak it in time; never otherwise.
@@ -297,8 +352,8 @@ async fn no_preface(read: &Arc<AtomicU64>, limit: Duration) {
     }
 }
 
-fn still_in_flight(why: &Failed, limit: Duration) -> Failed {
-    let limit = humantime::format_duration(limit);
+fn still_in_flight(why: &Failed, limits: &HttpLimits) -> Failed {
+    let limit = humantime::format_duration(limits.drain_timeout);
     Failed::new(why.failure, format!("{}; requests were still in flight {limit} later", why.detail))
 }
 

@@ -5,7 +5,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -16,6 +16,8 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
+use super::Activity;
+
 /// A request that its client takes back later than this has waited for an answer; it is not counted.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
@@ -23,7 +25,7 @@ const AT_ONCE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Streams {
     in_flight: AtomicUsize,
-    idle_since: Mutex<Instant>,
+    activity: Activity,
     resets: AtomicU32,
     changed: Notify,
     ending: AtomicBool,
@@ -38,10 +40,10 @@ pub(super) struct InFlight {
 }
 
 impl Streams {
-    pub(super) fn new() -> Arc<Self> {
+    pub(super) fn new(activity: Activity) -> Arc<Self> {
         Arc::new(Streams {
             in_flight: AtomicUsize::new(0),
-            idle_since: Mutex::new(Instant::now()),
+            activity,
             resets: AtomicU32::new(0),
             changed: Notify::new(),
             ending: AtomicBool::new(false),
@@ -54,7 +56,9 @@ impl Streams {
             self.count_reset();
             return None;
         }
-        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        if self.in_flight.fetch_add(1, Ordering::Relaxed) == 0 {
+            self.activity.begin();
+        }
         Some(InFlight { streams: self.clone(), began: Instant::now(), answered: false })
     }
 
@@ -77,15 +81,10 @@ impl Streams {
     /// Resolves when no request was in flight for that long.
     pub(super) async fn idle_for(&self, limit: Duration) {
         loop {
-            let since = *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner);
-            let end = since + limit;
-            let in_flight = self.in_flight.load(Ordering::Relaxed) > 0;
-            if in_flight {
-                sleep_until(Instant::now() + limit).await;
-            } else if end <= Instant::now() {
-                return;
-            } else {
-                sleep_until(end).await;
+            match self.activity.idle_since().map(|since| since + limit) {
+                None => sleep_until(Instant::now() + limit).await,
+                Some(end) if end <= Instant::now() => return,
+                Some(end) => sleep_until(end).await,
             }
         }
     }
@@ -111,7 +110,7 @@ impl Drop for InFlight {
             self.streams.count_reset();
         }
         if self.streams.in_flight.fetch_sub(1, Ordering::Relaxed) == 1 {
-            *self.streams.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+            self.streams.activity.end(Instant::now());
         }
     }
 }
@@ -124,7 +123,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn resets_at_once_count_and_answers_make_up_for_them() {
-        let streams = Streams::new();
+        let streams = Streams::new(Activity::new());
         let mut answered = streams.begin().unwrap();
         drop((streams.begin(), streams.begin()));
         assert!(streams.resets_reach(2).now_or_never().is_some());
@@ -142,7 +141,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_connection_is_idle_only_without_requests() {
         let limit = Duration::from_secs(60);
-        let (streams, start) = (Streams::new(), Instant::now());
+        let (streams, start) = (Streams::new(Activity::new()), Instant::now());
         let request = streams.begin();
         let later = streams.clone();
         tokio::spawn(async move {

@@ -20,6 +20,8 @@ use std::{
 use hyper::rt::{Sleep, Timer};
 use tokio::time::{Instant, sleep_until};
 
+use super::Activity;
+
 /// The timer of one connection, for hyper's `header_read_timeout`, which must be set to the idle time.
 #[derive(Debug, Clone)]
 pub(super) struct HeadTimer(Arc<Wait>);
@@ -32,6 +34,8 @@ struct Wait {
     /// The same when the present wait began.
     before: AtomicU64,
     head_timeout: Duration,
+    idle_timeout: Duration,
+    activity: Activity,
     /// The end of the present wait, in nanoseconds from `start`; [`NEVER`] if there is none.
     end: AtomicU64,
     start: Instant,
@@ -44,12 +48,19 @@ const NEVER: u64 = u64::MAX;
 const LONGEST: Duration = Duration::from_secs(1_000_000_000);
 
 impl HeadTimer {
-    pub(super) fn new(read: Arc<AtomicU64>, head_timeout: Duration) -> Self {
+    pub(super) fn new(
+        read: Arc<AtomicU64>,
+        head_timeout: Duration,
+        idle_timeout: Duration,
+        activity: Activity,
+    ) -> Self {
         let start = Instant::now();
         HeadTimer(Arc::new(Wait {
             read,
             before: 0.into(),
             head_timeout,
+            idle_timeout,
+            activity,
             end: NEVER.into(),
             start,
             number: 0.into(),
@@ -100,6 +111,9 @@ impl Timer for HeadTimer {
         let wait = self.0.clone();
         wait.before.store(wait.read.load(Ordering::Relaxed), Ordering::Relaxed);
         wait.set_end(deadline.into());
+        // hyper has just added one to the other, and the clock need not be asked again.
+        let now = deadline.checked_sub(wait.idle_timeout).map_or_else(Instant::now, Instant::from);
+        wait.activity.end(now);
         let number = wait.number.fetch_add(1, Ordering::Relaxed) + 1;
         Box::pin(HeadSleep { wait, number, begun: false })
     }
@@ -139,6 +153,7 @@ impl Drop for HeadSleep {
         // The next wait may have begun before this one is dropped.
         if self.wait.number.load(Ordering::Relaxed) == self.number {
             self.wait.end.store(NEVER, Ordering::Relaxed);
+            self.wait.activity.begin();
         }
     }
 }
@@ -164,7 +179,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_client_may_be_idle_for_long_but_not_within_a_head() {
         let read = Arc::new(AtomicU64::new(0));
-        let timer = HeadTimer::new(read.clone(), HEAD);
+        let timer = HeadTimer::new(read.clone(), HEAD, IDLE, Activity::new());
         let begin = Instant::now();
         ends(&timer, &mut timer.sleep(IDLE)).await;
         assert!(timer.is_idle() && begin.elapsed() >= IDLE && begin.elapsed() < IDLE + HEAD);
@@ -180,7 +195,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_wait_that_takes_the_place_of_another_ends() {
-        let timer = HeadTimer::new(Arc::default(), HEAD);
+        let timer = HeadTimer::new(Arc::default(), HEAD, IDLE, Activity::new());
         let begin = Instant::now();
         let mut sleep = timer.sleep(IDLE);
         timer.reset(&mut sleep, (begin + IDLE * 2).into_std());

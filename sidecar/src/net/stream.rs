@@ -67,6 +67,11 @@ impl Stream {
         };
     }
 
+    /// The bytes that were put back and not read yet.
+    pub fn peeked(&self) -> &[u8] {
+        &self.ahead
+    }
+
     /// Counts the bytes that are read from now on.
     pub fn count_reads(&mut self) -> Arc<AtomicU64> {
         self.read.get_or_insert_default().clone()

@@ -65,7 +65,7 @@ pub(super) fn stories_of(
         limits: HttpLimits::default(),
         requests: Arc::new(Semaphore::new(1)),
         silent: SilentLimit::new(1),
-        drain_timeout: Duration::from_secs(1),
+        idle: Arc::default(),
         metrics: telemetry.metrics().service(Direction::Inbound, "test", ""),
         telemetry: telemetry.clone(),
     });
@@ -84,7 +84,6 @@ pub(super) fn stories_of(
         own_ports: Vec::new(),
         limits: HttpLimits::default(),
         requests: Arc::new(Semaphore::new(100)),
-        drain_timeout: Duration::from_secs(1),
         telemetry,
     });
     (inbound, outbound)

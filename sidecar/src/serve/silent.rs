@@ -111,7 +111,7 @@ impl Drop for Silent<'_> {
 }
 
 /// A host may have a whole /64 of IPv6 addresses: they count as one.
-fn source_of(client: IpAddr) -> IpAddr {
+pub(super) fn source_of(client: IpAddr) -> IpAddr {
     match client.to_canonical() {
         IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() >> 64 << 64)),
         v4 => v4,

@@ -20,20 +20,28 @@ struct Place {
     server: Pod,
     sidecar: Sidecar,
     _app: Recorder,
-    _mesh: Mesh,
+    mesh: Mesh,
 }
 
 const GET: &[u8] = b"GET /one HTTP/1.1\r\nHost: orders\r\nConnection: close\r\n\r\n";
 
 fn place(flags: &[&str]) -> Option<Place> {
-    if !can_run(&[Need::Root, Need::Program("curl", "curl")]) {
+    place_under(&[], flags)
+}
+
+/// The same with a program around the sidecar.
+fn place_under(wrapper: &[&str], flags: &[&str]) -> Option<Place> {
+    let needs = [Need::Root, Need::Program("curl", "curl"), Need::Program("prlimit", "util-linux")];
+    if !can_run(&needs) {
         return None;
     }
     let mesh = Mesh::new();
     let (stranger, server) = (mesh.network.pod("stranger"), mesh.network.pod("server"));
     let app = Recorder::start(&server, 8080);
-    let sidecar = mesh.sidecar(&server, "orders", &[&["--port", "8080", "--port", "8081"], flags].concat());
-    Some(Place { stranger, server, sidecar, _app: app, _mesh: mesh })
+    let flags = [&["--port", "8080", "--port", "8081"], flags].concat();
+    let sidecar = mesh.start_sidecar_under(wrapper, &server, "orders", &flags, &[]);
+    sidecar.wait_until_ready(&server);
+    Some(Place { stranger, server, sidecar, _app: app, mesh })
 }
 
 impl Place {
@@ -180,7 +188,7 @@ fn connections_that_say_nothing_leave_room_for_others() {
 
 #[test]
 fn connections_that_stop_within_their_first_words_leave_room_for_others() {
-    for words in [vec![0x16], hello()] {
+    for words in [vec![0x16], hello(), b"GET / HTTP/1.1\r\nHost: orders\r\n".to_vec()] {
         let Some(place) = place(&["--max-connections", "100"]) else { return };
         let say = || {
             let mut stream = place.dial();
@@ -193,6 +201,89 @@ fn connections_that_stop_within_their_first_words_leave_room_for_others() {
         let _more: Vec<TcpStream> = (0..20).map(|_| say()).collect();
         place.others_are_served();
     }
+}
+
+const KEPT: &[u8] = b"GET /one HTTP/1.1\r\nHost: orders\r\n\r\n";
+
+/// Reads the answer to one request of HTTP/1, whose connection stays.
+fn is_answered(stream: &mut TcpStream) -> bool {
+    let mut answer = Vec::new();
+    let mut buffer = [0; 1024];
+    while !answer.ends_with(b"yes") {
+        match stream.read(&mut buffer) {
+            Ok(count @ 1..) => answer.extend_from_slice(&buffer[..count]),
+            _ => return false,
+        }
+    }
+    answer.starts_with(b"HTTP/1.1 200")
+}
+
+/// Has the other side closed it?
+fn is_closed(stream: &TcpStream) -> bool {
+    stream.set_nonblocking(true).expect("a socket");
+    let mut buffer = [0; 4096];
+    let ended = loop {
+        match (&mut &*stream).read(&mut buffer) {
+            Err(error) => break error.kind() != std::io::ErrorKind::WouldBlock,
+            Ok(0) => break true,
+            Ok(_) => {}
+        }
+    };
+    stream.set_nonblocking(false).expect("a socket");
+    ended
+}
+
+#[test]
+fn idle_connections_of_whom_has_most_make_room() {
+    let Some(place) = place(&["--max-connections", "20"]) else { return };
+    let other = place.mesh.network.pod("other");
+    let mut of_other = dial(&other, place.to(), 8080);
+    of_other.write_all(KEPT).unwrap();
+    assert!(is_answered(&mut of_other));
+    let mut held: Vec<TcpStream> = (0..19).map(|_| place.dial()).collect();
+    for (number, stream) in held.iter_mut().enumerate() {
+        if number % 2 == 0 {
+            stream.write_all(KEPT).unwrap();
+            assert!(is_answered(stream));
+        } else {
+            // It answers no PING, as clients do that want to stay.
+            stream.write_all(&preface()).unwrap();
+            assert!(read_until(stream, |kind, _| kind == SETTINGS).is_some());
+        }
+    }
+    // They count as idle after a second.
+    (0..75).for_each(|_| pause());
+    let mut more = Vec::new();
+    for _ in 0..4 {
+        let mut stream = place.dial();
+        stream.write_all(KEPT).unwrap();
+        assert!(is_answered(&mut stream));
+        more.push(stream);
+    }
+    assert!(read_until(&mut held[1], |kind, _| kind == GOAWAY).is_some());
+    let closed: Vec<usize> = (0..held.len()).filter(|number| is_closed(&held[*number])).collect();
+    assert_eq!(closed, [0, 1, 2, 3], "the longest idle of whom has most");
+    of_other.write_all(KEPT).unwrap();
+    assert!(is_answered(&mut of_other), "whoever has one keeps it");
+    let line = place.sidecar.wait_for_failure("overloaded", &["made room for another"]);
+    assert_eq!(line["kind"], "connection", "{line}");
+    place.counted("overloaded");
+}
+
+#[test]
+fn idle_connections_make_room_where_few_descriptors_are_there() {
+    let Some(place) = place_under(&["prlimit", "--nofile=400:400"], &[]) else { return };
+    let clamped = "--max-connections 20000 is clamped to 50 ";
+    assert!(place.sidecar.process.log().contains(clamped), "{}", place.sidecar.process.log());
+    let _held: Vec<TcpStream> = (0..50)
+        .map(|_| {
+            let mut stream = place.dial();
+            stream.write_all(KEPT).unwrap();
+            assert!(is_answered(&mut stream));
+            stream
+        })
+        .collect();
+    (0..10).for_each(|_| place.others_are_served());
 }
 
 #[test]
