@@ -25,6 +25,7 @@ use crate::{
     connect::Dialer,
     discovery::{Asked, Directory, Registry, VirtualAddresses, consul, policies::Policies},
     drain::{Drain, Draining},
+    http::BufferBudget,
     identity,
     net::Reclaimer,
     outbound::Upstreams,
@@ -157,6 +158,7 @@ struct Places {
     outbound_requests: Arc<Semaphore>,
     inbound_silent: Arc<SilentLimit>,
     inbound_idle: Arc<IdleConnections>,
+    inbound_buffers: Arc<BufferBudget>,
     /// What becomes of a connection over the bound.
     when_full: WhenFull,
 }

@@ -3,6 +3,7 @@
 
 mod activity;
 pub mod body;
+mod buffers;
 pub mod headers;
 mod observe;
 mod received;
@@ -17,6 +18,7 @@ mod waiting;
 
 pub use activity::Activity;
 pub use body::{Body, BodyEnd, Ended};
+pub use buffers::{BufferBudget, BufferGrant};
 pub use observe::{answer_failed, begin_answer, end_answer, end_speaks_against_endpoint};
 pub use replay::Replay;
 pub use respond::{answer, refuse_stream};

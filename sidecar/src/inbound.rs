@@ -32,7 +32,7 @@ use crate::{
     connect::{self, Connector, Key, Lease, Pool, Security, trust_in_bytes_ended},
     detect::{self, FirstToSpeak, Heard, Hello, ReadAhead},
     drain::Draining,
-    http::{self, Activity, Body, HttpLimits, Stop, Upgrade},
+    http::{self, Activity, Body, BufferBudget, HttpLimits, Stop, Upgrade},
     model::{ExpiredPeers, Failed, Failure, HttpVersion, MutualTls, Protocol, Result},
     net::{self, BrokenSide, Stream},
     policy::authorization::{Permit, authorize},
@@ -67,6 +67,8 @@ pub struct Inbound {
     pub requests: Arc<Semaphore>,
     /// Connections on which nobody has spoken yet.
     pub silent: Arc<SilentLimit>,
+    /// What HTTP/2 connections without an identity may hold of unread uploads.
+    pub buffers: Arc<BufferBudget>,
     /// HTTP connections, of which idle ones make room for others.
     pub idle: Arc<IdleConnections>,
     /// Metrics, log and spans.
@@ -321,7 +323,13 @@ impl Inbound {
                 () = registration.closed() => Stop::MakeRoom(made_room()),
             }
         };
+        let mut grant = None;
         let limits = match &arrival.caller {
+            Caller::Plaintext if version == HttpVersion::Http2 => {
+                let limits = self.limits.of_strangers();
+                let grant = grant.insert(self.buffers.grant(limits.connection_window()));
+                HttpLimits { connection_bytes: grant.window(), ..limits }
+            }
             Caller::Plaintext => self.limits.of_strangers(),
             Caller::Peer(_) | Caller::Own(_) => self.limits.of_sidecars(),
         };
@@ -331,8 +339,8 @@ impl Inbound {
             served = http::serve(stream, version, &limits, stop, &activity, &arrival.cut, answer) => served?,
             failed = too_many_wait => return Err(failed),
         }
-        // What it may be upgraded to is not idle.
-        drop(registration);
+        // What it may be upgraded to is neither idle nor HTTP/2.
+        drop((registration, grant));
         match arrival.upgrade.upgraded().await.map_err(|error| broke(&error))? {
             Some(upgraded) => {
                 let permit = self.permit(&arrival)?;

@@ -24,6 +24,7 @@ use crate::{
     config::Config,
     connect::Dialer,
     discovery::{Directory, Registry, VirtualAddresses, consul, policies::Policies},
+    http::BufferBudget,
     identity,
     inbound::{AppAddress, Delivery, Meaning},
     model::{Policy, Timeouts},
@@ -217,6 +218,7 @@ fn places(config: &Config, when_full: WhenFull) -> Places {
         outbound_requests: Arc::new(Semaphore::new(limits.requests)),
         inbound_silent: SilentLimit::new(limits.connections),
         inbound_idle: Arc::default(),
+        inbound_buffers: BufferBudget::new(limits.buffer_memory),
         when_full,
     }
 }

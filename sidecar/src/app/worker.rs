@@ -156,6 +156,7 @@ fn inbound(shared: &Arc<Shared>, delivery: Delivery) -> Arc<Inbound> {
         limits: limits(shared),
         requests: shared.places.inbound_requests.clone(),
         silent: shared.places.inbound_silent.clone(),
+        buffers: shared.places.inbound_buffers.clone(),
         idle: shared.places.inbound_idle.clone(),
         metrics: shared.telemetry.metrics().service(Direction::Inbound, service, ""),
         telemetry: shared.telemetry.clone(),

@@ -201,6 +201,12 @@ pub const KEYS: &[Key] = &[
     one("Limits", "header-fields", "COUNT", "Header fields of a request [default: 100]"),
     one("Limits", "header-timeout", "TIME", "Time for the head of a request [default: 30s]"),
     one("Limits", "idle-timeout", "TIME", "Connections without a request are closed after it [default: 1h]"),
+    one(
+        "Limits",
+        "buffer-memory",
+        "BYTES",
+        "Bytes of unread uploads in all HTTP/2 connections of clients without an identity [default: 268435456]",
+    ),
     one("Limits", "max-streams", "COUNT", "Requests at a time on one HTTP/2 connection [default: 128]"),
     one(
         "Drain",

@@ -195,6 +195,7 @@ impl Reader<'_> {
             header_timeout: self.duration("header-timeout", Duration::from_secs(30)),
             idle_timeout: self.duration("idle-timeout", Duration::from_secs(3600)),
             streams: self.number("max-streams", 128, 1..=10_000),
+            buffer_memory: self.number("buffer-memory", 256 * 1024 * 1024, 0..=1024 * 1024 * 1024 * 1024),
         }
     }
 

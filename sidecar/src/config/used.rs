@@ -187,6 +187,8 @@ pub struct Limits {
     pub idle_timeout: Duration,
     /// Requests at a time on one HTTP/2 connection.
     pub streams: u32,
+    /// Bytes of unread uploads in all HTTP/2 connections of clients without an identity.
+    pub buffer_memory: u64,
 }
 
 /// Times of a drain.

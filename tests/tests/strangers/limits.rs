@@ -11,7 +11,7 @@ use weft_tests::{Mesh, Need, Pod, Sidecar, can_run, pause, until};
 use crate::peers::hello;
 use crate::wire::{
     CONTINUATION, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, RST_STREAM, Recorder, SETTINGS, dial,
-    exchange, frame, get, preface, read_to_close, read_until,
+    exchange, frame, frames, get, preface, read_to_close, read_until,
 };
 
 /// A stranger, a sidecar with an HTTP/1 app on 8080, and what holds them.
@@ -326,25 +326,33 @@ fn readers_that_take_nothing_cost_little_memory() {
     until("nginx listens", || place.server.inside(|| TcpStream::connect("127.0.0.1:8082")).is_ok());
     place.others_are_served();
     let before = place.memory();
+    for (connections, answers) in [(20, 100), (200, 10)] {
+        let stalled = stalled_answers(&place, connections, answers);
+        (0..50).for_each(|_| pause());
+        let after = place.memory();
+        println!("{connections} times {answers} answers: {before} KiB before, {after} KiB after");
+        assert!(after < before + STALLED_KIB, "{before} KiB before, {after} KiB after");
+        drop(stalled);
+        place.others_are_served();
+    }
+}
+
+/// Connections that ask for many answers each, and take none of them.
+fn stalled_answers(place: &Place, connections: u32, answers: u32) -> Vec<TcpStream> {
     // SETTINGS_INITIAL_WINDOW_SIZE (4) of 0
     let settings = frame(SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 0]);
     let begin = [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &settings].concat();
-    let heads: Vec<u8> = (0..100)
+    let heads: Vec<u8> = (0..answers)
         .flat_map(|number| frame(HEADERS, END_HEADERS | END_STREAM, 2 * number + 1, &get(&[])))
         .collect();
-    let mut stalled = Vec::new();
-    for _ in 0..20 {
+    let stalled = |_| {
         let mut stream = dial(&place.stranger, place.to(), 8082);
         stream.write_all(&[&begin[..], &heads].concat()).unwrap();
         // the last answer has begun: the app was asked for all of them
-        assert!(read_until(&mut stream, |kind, id| kind == HEADERS && id == 199).is_some());
-        stalled.push(stream);
-    }
-    (0..50).for_each(|_| pause());
-    let after = place.memory();
-    println!("2,000 answers that nobody takes: {before} KiB before, {after} KiB after");
-    assert!(after < before + STALLED_KIB, "{before} KiB before, {after} KiB after");
-    place.others_are_served();
+        assert!(read_until(&mut stream, |kind, id| kind == HEADERS && id == 2 * answers - 1).is_some());
+        stream
+    };
+    (0..connections).map(stalled).collect()
 }
 
 #[test]
@@ -356,6 +364,39 @@ fn a_stranger_may_send_little_that_nobody_reads() {
     let (.., more) = read_until(&mut stream, |kind, id| kind == 8 && id == 0).expect("a window");
     let more = u32::from_be_bytes(more.try_into().expect("four bytes"));
     assert_eq!(more + 65_535, 1024 * 1024);
+}
+
+/// The window of a connection that begins: what its server says at first, before it answers a second PING.
+fn window(stream: &mut TcpStream) -> u32 {
+    let ping = frame(PING, 0, 0, &[0; 8]);
+    stream.write_all(&[preface(), ping.clone()].concat()).unwrap();
+    let (mut all, mut buffer) = (Vec::new(), [0; 4096]);
+    for answered in 1..=2 {
+        while frames(&all).iter().filter(|(kind, ..)| *kind == PING).count() < answered {
+            let count = stream.read(&mut buffer).unwrap();
+            assert!(count > 0, "it was closed");
+            all.extend_from_slice(&buffer[..count]);
+        }
+        stream.write_all(&ping).unwrap();
+    }
+    // WINDOW_UPDATE (8) of the connection
+    let more = frames(&all).into_iter().filter(|(kind, _, id, _)| *kind == 8 && *id == 0);
+    more.fold(65_535, |window, (.., more)| window + u32::from_be_bytes(more.try_into().expect("four bytes")))
+}
+
+#[test]
+fn what_all_strangers_may_send_that_nobody_reads_has_a_bound() {
+    let Some(place) = place(&["--buffer-memory", "4194304"]) else { return };
+    let first_window = || {
+        let mut stream = place.dial();
+        (window(&mut stream), stream)
+    };
+    let held: Vec<(u32, TcpStream)> = (0..60).map(|_| first_window()).collect();
+    let windows: Vec<u32> = held.iter().map(|(window, _)| *window).collect();
+    assert_eq!((windows[0], windows[59]), (4_194_304 / 16, 65_535), "{windows:?}");
+    assert!(windows.iter().sum::<u32>() <= 4_194_304 + 60 * 65_535, "{windows:?}");
+    drop(held);
+    until("all of it has come back", || first_window().0 == 4_194_304 / 16);
 }
 
 #[test]
