@@ -1,11 +1,12 @@
 //! The two faces of a running sidecar.
 //!
 //! The public one, on the pod address, has what the kubelet and Prometheus need and nothing of the
-//! configuration: `/live`, `/ready`, `/metrics`. Everything else is the private one: JSON over HTTP on a Unix socket
+//! configuration: `/live`, `/ready`, `/registered`, `/metrics`, and `/probe/…`, which asks the app. Everything else is the private one: JSON over HTTP on a Unix socket
 //! of mode 0600, which the command line asks. The room knows no other room's types: views are functions that make
 //! JSON.
 
 mod answer;
+mod app_probe;
 mod client;
 mod private;
 mod public;
@@ -13,8 +14,9 @@ mod readiness;
 
 use std::sync::Arc;
 
+pub use app_probe::AppProbes;
 pub use client::ask;
-pub use private::{Private, listen_private, serve_private};
+pub use private::{Leave, Private, listen_private, serve_private};
 pub use public::{Public, serve_public};
 pub use readiness::{Condition, Readiness};
 

@@ -15,12 +15,12 @@ mod tasks;
 mod views;
 mod worker;
 
-use std::{ffi::OsString, net::IpAddr, path::Path, process::ExitCode, sync::Arc};
+use std::{ffi::OsString, net::IpAddr, path::Path, process::ExitCode, sync::Arc, time::Duration};
 
 pub use check::check;
 
 use crate::{
-    admin::{self, Condition, Readiness},
+    admin::{self, Condition, Leave, Readiness},
     config::Config,
     connect::Dialer,
     discovery::{Asked, Directory, Registry, VirtualAddresses, consul, policies::Policies},
@@ -34,6 +34,7 @@ use crate::{
     telemetry::{LogLevel, SpanExport, Telemetry},
     tls::Credentials,
 };
+use anyhow::anyhow;
 use build::Sockets;
 use hyper::Method;
 use serde_json::Value;
@@ -41,6 +42,7 @@ use tasks::Tasks;
 use tokio::{
     runtime::{self, Runtime},
     sync::{Semaphore, watch},
+    time::{Instant, sleep},
 };
 use weft_proto::lines::FlushOnDrop;
 
@@ -98,6 +100,10 @@ struct Shared {
     reclaimer: Reclaimer,
     tasks: Arc<Tasks>,
     places: Places,
+    /// Can others find this workload, as far as it shall be found?
+    registered: watch::Sender<bool>,
+    /// Leaving the registry before the end.
+    leave: Leave,
 }
 
 /// What sources publish into.
@@ -181,6 +187,31 @@ impl App {
         code
     }
 }
+
+/// Waits until a sidecar is ready, which may not even listen yet.
+///
+/// # Errors
+/// It is not ready in time: what is missing, or why it cannot be asked.
+pub fn wait(socket: &Path, limit: Duration) -> anyhow::Result<()> {
+    let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let deadline = Instant::now() + limit;
+        loop {
+            let missing = match admin::ask(socket, Method::GET, "/status", None).await {
+                Ok(status) if status["ready"] == true => return Ok(()),
+                Ok(status) => anyhow!("it still misses {}", status["missing"]),
+                Err(error) => error,
+            };
+            if Instant::now() >= deadline {
+                return Err(missing.context(format!("the sidecar is not ready after {limit:?}")));
+            }
+            sleep(WAIT_POLL).await;
+        }
+    })
+}
+
+/// How often [`wait`] asks.
+const WAIT_POLL: Duration = Duration::from_millis(50);
 
 /// Asks a running sidecar over its Unix socket; the answer is JSON.
 ///

@@ -5,6 +5,7 @@
 mod consul;
 pub mod document;
 mod keys;
+mod kubelet_probe;
 pub mod policy_document;
 mod reader;
 mod used;
@@ -12,6 +13,7 @@ mod written;
 
 pub use consul::{Consul, ConsulAddress, ConsulTls, ConsulToken, Probe, ProbeKind};
 pub use keys::{KEYS, Key, arguments};
+pub use kubelet_probe::{Grpc, HttpGet, KubeletProbe, ProbeHandler, Scheme};
 pub use used::{
     AccessLogMode, App, Authority, Config, DrainTimes, Limits, Mode, OwnService, Pin, Ports, Stores, Upstream,
 };

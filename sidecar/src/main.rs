@@ -8,6 +8,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches, Subcommand, value_parser};
@@ -45,6 +46,8 @@ fn main() -> ExitCode {
         Some(("redirect", flags)) => redirect(flags),
         Some(("show", flags)) => show(flags),
         Some(("drain", flags)) => ask(flags, Method::POST, "/drain", None),
+        Some(("leave", flags)) => ask(flags, Method::POST, "/leave", None),
+        Some(("wait", flags)) => wait(flags),
         Some(("log", flags)) => {
             let filter = flags.get_one::<String>("filter");
             ask(flags, Method::PUT, "/log", Some(&json!({ "filter": filter })))
@@ -101,6 +104,21 @@ fn command() -> Command {
             ),
         )
         .subcommand(Command::new("drain").about("Make a running sidecar finish and stop").arg(socket()))
+        .subcommand(
+            Command::new("leave")
+                .about("Make a running sidecar leave the registry, stay out of it, and go on; returns when it has left")
+                .arg(socket()),
+        )
+        .subcommand(
+            Command::new("wait").about("Wait until a sidecar is ready, also one that has not started yet").arg(socket()).arg(
+                Arg::new("timeout")
+                    .long("timeout")
+                    .value_name("TIME")
+                    .value_parser(humantime::parse_duration)
+                    .default_value("60s")
+                    .help("Give up after so long, with exit code 1"),
+            ),
+        )
         .subcommand(
             Command::new("log")
                 .about("Change the log filter of a running sidecar")
@@ -171,9 +189,24 @@ fn show(flags: &ArgMatches) -> ExitCode {
     ask(flags, Method::GET, &format!("/{view}"), None)
 }
 
+fn wait(flags: &ArgMatches) -> ExitCode {
+    let limit = flags.get_one::<Duration>("timeout").copied().unwrap_or_default();
+    match app::wait(socket_of(flags), limit) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(format_args!("{}: {error:#}", socket_of(flags).display()));
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+fn socket_of(flags: &ArgMatches) -> &Path {
+    flags.get_one::<PathBuf>("admin-socket").map(PathBuf::as_path).unwrap_or(Path::new(""))
+}
+
 /// Asks a running sidecar over its Unix socket and prints the answer.
 fn ask(flags: &ArgMatches, method: Method, path: &str, body: Option<&Value>) -> ExitCode {
-    let socket = flags.get_one::<PathBuf>("admin-socket").map(PathBuf::as_path).unwrap_or(Path::new(""));
+    let socket = socket_of(flags);
     match app::ask(socket, method, path, body) {
         Ok(answer) => say(&format!("{answer:#}\n"), ExitCode::SUCCESS),
         Err(error) => {

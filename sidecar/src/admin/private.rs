@@ -18,7 +18,7 @@ use hyper::{Method, Request, StatusCode, body::Incoming};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use socket2::{Domain, SockAddr, Socket, Type};
-use tokio::net::UnixListener;
+use tokio::{net::UnixListener, sync::watch};
 
 use super::{
     Action, View,
@@ -35,6 +35,45 @@ pub struct Private {
     pub log: LogLevel,
     /// `POST /drain`.
     pub drain: Action,
+    /// `POST /leave`.
+    pub leave: Leave,
+}
+
+/// Leaves the registry and stays out of it, while everything else goes on. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Leave {
+    asked: watch::Sender<bool>,
+    left: watch::Sender<bool>,
+}
+
+impl Default for Leave {
+    fn default() -> Self {
+        Leave { asked: watch::Sender::new(false), left: watch::Sender::new(false) }
+    }
+}
+
+impl Leave {
+    /// Asks for it, and waits until it is done; the second time, and after a drain, it is done already.
+    async fn ask(&self) {
+        self.asked.send_replace(true);
+        let mut left = self.left.subscribe();
+        // Its sender is held here: there is no error.
+        let _ = left.wait_for(|left| *left).await;
+    }
+
+    /// Ends when somebody has asked for it and it is not done yet.
+    pub async fn asked(&self) {
+        let mut asked = self.asked.subscribe();
+        let _ = asked.wait_for(|asked| *asked).await;
+        if *self.left.borrow() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Says that it is done.
+    pub fn done(&self) {
+        self.left.send_replace(true);
+    }
 }
 
 /// The body of `PUT /log`.
@@ -103,7 +142,11 @@ impl Private {
                 (self.drain)();
                 json(StatusCode::ACCEPTED, &json!({ "draining": true }))
             }
-            ("drain", _) => only("POST", error(StatusCode::METHOD_NOT_ALLOWED, "only POST")),
+            ("leave", &Method::POST) => {
+                self.leave.ask().await;
+                json(StatusCode::OK, &json!({ "left": true }))
+            }
+            ("drain" | "leave", _) => only("POST", error(StatusCode::METHOD_NOT_ALLOWED, "only POST")),
             (name, &Method::GET) => match self.views.get(name) {
                 Some(view) => json(StatusCode::OK, &view()),
                 None => error(StatusCode::NOT_FOUND, &self.no_such_view(name)),
@@ -114,7 +157,7 @@ impl Private {
 
     fn no_such_view(&self, name: &str) -> String {
         let names: Vec<_> = self.views.keys().map(|name| format!("/{name}")).collect();
-        format!("there is no /{name}; there are {}, /log and /drain", names.join(", "))
+        format!("there is no /{name}; there are {}, /log, /drain and /leave", names.join(", "))
     }
 
     async fn change_log(&self, request: Request<Incoming>) -> Answer {

@@ -8,10 +8,11 @@ use hyper::{
     body::Incoming,
     header::{ACCEPT, HeaderMap},
 };
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::watch};
 
 use super::{
     answer::{Answer, Open, answer, only, serve_one, text},
+    app_probe::AppProbes,
     readiness::Readiness,
 };
 use crate::telemetry::{CLASSIC, Metrics, OPENMETRICS};
@@ -23,8 +24,13 @@ pub struct Public {
     pub readiness: Readiness,
     /// Answers `/metrics`.
     pub metrics: Arc<Metrics>,
+    /// Answers `/registered`: true once others can find this workload.
+    pub registered: watch::Receiver<bool>,
+    /// Answers `/probe/CONTAINER/KIND`.
+    pub app: AppProbes,
 }
 
+const NO_SUCH_PATH: &str = "no such path; there are /live, /ready, /registered, /metrics and /probe/\n";
 /// Connections at a time; for one more the oldest is closed.
 const CONNECTIONS: usize = 128;
 /// After a failed accept, which is mostly a lack of descriptors.
@@ -57,7 +63,25 @@ impl Public {
             "/live" => text(StatusCode::OK, "alive\n"),
             "/ready" => self.ready(),
             "/metrics" => self.metrics(request.headers()),
-            _ => text(StatusCode::NOT_FOUND, "no such path; there are /live, /ready and /metrics\n"),
+            "/registered" => self.is_registered(),
+            path => match path.strip_prefix("/probe/") {
+                Some(name) => self.probe(name).await,
+                None => text(StatusCode::NOT_FOUND, NO_SUCH_PATH),
+            },
+        }
+    }
+
+    fn is_registered(&self) -> Answer {
+        if *self.registered.borrow() {
+            return text(StatusCode::OK, "registered\n");
+        }
+        text(StatusCode::SERVICE_UNAVAILABLE, "not in the registry, or its app does not answer yet\n")
+    }
+
+    async fn probe(&self, name: &str) -> Answer {
+        match self.app.ask(name).await {
+            Some(outcome) => text(outcome.status, outcome.text),
+            None => text(StatusCode::NOT_FOUND, "no such probe; --app-probes names them\n"),
         }
     }
 

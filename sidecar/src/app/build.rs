@@ -3,6 +3,7 @@
 use std::{
     fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     sync::Arc,
     time::SystemTime,
@@ -20,7 +21,7 @@ use super::{
     worker::Listeners,
 };
 use crate::{
-    admin::{Readiness, listen_private},
+    admin::{Leave, Readiness, listen_private},
     config::Config,
     connect::Dialer,
     discovery::{Directory, Registry, VirtualAddresses, consul, policies::Policies},
@@ -82,6 +83,7 @@ impl App {
 
 impl Parts {
     fn build(mut config: Config, place: Place, log: LogLevel, metrics: Arc<Metrics>) -> Result<Parts> {
+        make_state_dir(&config)?;
         let descriptors = Descriptors::raise().context("cannot read the limit of open files")?;
         let when_full = fit_connections(&mut config, descriptors);
         let output = match place {
@@ -150,6 +152,8 @@ impl Parts {
             app_dialer,
             reclaimer: Reclaimer::default(),
             tasks: Arc::default(),
+            registered: watch::Sender::new(false),
+            leave: Leave::default(),
             config,
         });
         let senders = Senders {
@@ -220,6 +224,18 @@ fn places(config: &Config, when_full: WhenFull) -> Places {
         inbound_idle: Arc::default(),
         inbound_buffers: BufferBudget::new(limits.buffer_memory),
         when_full,
+    }
+}
+
+/// Makes the state directory where it is missing: a volume of Kubernetes is empty, and has one owner for all of it.
+fn make_state_dir(config: &Config) -> Result<()> {
+    let Some(folder) = &config.stores.state_dir else { return Ok(()) };
+    let made = fs::DirBuilder::new().mode(0o700).create(folder);
+    match made {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(error).with_context(|| format!("--state-dir {} cannot be made", folder.display()))
+        }
+        _ => Ok(()),
     }
 }
 

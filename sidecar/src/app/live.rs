@@ -74,7 +74,7 @@ impl Parts {
             Some(end) => end,
             None => {
                 publication = Publication::of(&shared);
-                running(command.as_deref(), &mut publication, &mut signals, &drain_asked, &shared.tasks).await
+                running(command.as_deref(), &mut publication, &mut signals, &drain_asked, &shared).await
             }
         };
         let code = drain(&shared, drains, publication, command.as_deref(), end, &mut signals).await;

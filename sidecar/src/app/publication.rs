@@ -58,6 +58,7 @@ impl Publication {
     pub(super) fn of(shared: &Arc<Shared>) -> Publication {
         let config = &shared.config;
         let Some(port) = config.app.ports.first().copied().filter(|_| config.stores.publish) else {
+            shared.registered.send_replace(true);
             return Publication::none();
         };
         let identities = shared.credentials.borrow().iter().map(|own| own.id().clone()).collect();
@@ -92,21 +93,42 @@ impl Publication {
                 ttl: settings.ttl,
                 deregister_after: settings.deregister_after,
             };
-            self.consul = Some(consul::register(client, registration, health.clone(), fastrand::Rng::new()));
+            self.consul = Some(consul::register(
+                client,
+                registration,
+                health.clone(),
+                shared.registered.clone(),
+                fastrand::Rng::new(),
+            ));
         }
-        let Some(folder) = &config.stores.services else { return pending().await };
+        let Some(folder) = &config.stores.services else {
+            if self.consul.is_none() {
+                shared.registered.send_replace(true);
+            }
+            return pending().await;
+        };
         // The sender goes only after the last receiver.
         let mut health = health;
         let _answers = health.wait_for(|is_well| *is_well).await.is_ok();
         drop(health);
         match publish::publish(folder, &workload) {
-            Ok(published) => self.file = Some(published),
+            Ok(published) => {
+                self.file = Some(published);
+                if self.consul.is_none() {
+                    shared.registered.send_replace(true);
+                }
+            }
             Err(error) => {
                 let place = format!("cannot publish this workload in {}", folder.display());
                 return Error::new(error).context(place);
             }
         }
         pending().await
+    }
+
+    /// Takes the workload back everywhere, for good: afterwards there is nothing to make known any more.
+    pub(super) async fn leave(&mut self) {
+        std::mem::take(self).withdraw().await;
     }
 
     /// Takes the workload back everywhere.

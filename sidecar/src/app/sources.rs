@@ -10,9 +10,11 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use super::{Senders, Shared, build::default_policy, memory, tasks::Tasks, views};
+use super::{
+    Senders, Shared, build::default_policy, memory, publication::app_addresses, tasks::Tasks, views,
+};
 use crate::{
-    admin::{Public, serve_private, serve_public},
+    admin::{AppProbes, Public, serve_private, serve_public},
     balance::Condition,
     config::document::Mistake,
     discovery::{self, Asked, Directory, consul, dns, file, policies::Policies},
@@ -231,7 +233,19 @@ pub(super) fn start_faces(
     private: tokio::net::UnixListener,
     drain_asked: &Arc<Notify>,
 ) {
-    let face = Public { readiness: shared.readiness.clone(), metrics: shared.telemetry.metrics().clone() };
+    let advertised = shared.advertised;
+    let app = AppProbes {
+        probes: shared.config.app.kubelet_probes.clone(),
+        dialer: shared.app_dialer.clone(),
+        reclaimer: shared.reclaimer.clone(),
+        addresses: Arc::new(move |port| app_addresses(advertised, port).to_vec()),
+    };
+    let face = Public {
+        readiness: shared.readiness.clone(),
+        metrics: shared.telemetry.metrics().clone(),
+        registered: shared.registered.subscribe(),
+        app,
+    };
     shared.tasks.spawn("probes and metrics", serve_public(public, face));
     shared.tasks.spawn("admin socket", serve_private(private, views::private(shared, drain_asked.clone())));
 }

@@ -58,8 +58,9 @@ pub(super) async fn running(
     publication: &mut Publication,
     signals: &mut mpsc::Receiver<Signal>,
     drain_asked: &Notify,
-    tasks: &Tasks,
+    shared: &Shared,
 ) -> End {
+    let tasks = &shared.tasks;
     let living = async {
         if let Some(command) = command
             && let Err(error) = command.start_command().await
@@ -79,12 +80,19 @@ pub(super) async fn running(
                 None => std::future::pending().await,
             }
         };
-        tokio::select! {
-            end = ended => end,
-            error = publication.begin() => {
-                tracing::error!("{error:#}");
-                End::Failed
+        tokio::pin!(ended);
+        loop {
+            tokio::select! {
+                end = &mut ended => return end,
+                error = publication.begin() => {
+                    tracing::error!("{error:#}");
+                    return End::Failed;
+                }
+                () = shared.leave.asked() => {}
             }
+            tracing::info!("asked to leave the registry");
+            publication.leave().await;
+            shared.leave.done();
         }
     };
     tokio::select! {
@@ -127,7 +135,11 @@ pub(super) async fn drain(
     let Drains { inbound, outbound, workers } = drains;
     let times = &shared.config.drain;
     shared.conditions.serving.set(false);
-    let mut leaving = tokio::spawn(publication.withdraw());
+    let leave = shared.leave.clone();
+    let mut leaving = tokio::spawn(async move {
+        publication.withdraw().await;
+        leave.done();
+    });
     let orderly = async {
         let stop_signal = match end {
             End::Command(code) => {

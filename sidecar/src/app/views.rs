@@ -12,7 +12,7 @@ use crate::{
     connect::Security,
 };
 
-/// The views of a running sidecar, and its one action.
+/// The views of a running sidecar, and its actions.
 pub(super) fn private(shared: &Arc<Shared>, drain_asked: Arc<Notify>) -> Private {
     let view = |show: fn(&Shared) -> Value| -> View {
         let shared = shared.clone();
@@ -24,7 +24,12 @@ pub(super) fn private(shared: &Arc<Shared>, drain_asked: Arc<Notify>) -> Private
         ("certificate", view(certificate)),
         ("config", view(config)),
     ]);
-    Private { views, log: shared.log.clone(), drain: Arc::new(move || drain_asked.notify_one()) }
+    Private {
+        views,
+        log: shared.log.clone(),
+        drain: Arc::new(move || drain_asked.notify_one()),
+        leave: shared.leave.clone(),
+    }
 }
 
 fn status(shared: &Shared) -> Value {

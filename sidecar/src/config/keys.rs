@@ -70,7 +70,12 @@ pub const KEYS: &[Key] = &[
     one("Identity", "authority", "HOST:PORT", "The certificate authority [default: none, plaintext only]"),
     one("Identity", "authority-root", "FILE", "PEM file with the root that the authority must prove"),
     one("Identity", "authority-sha256", "HEX", "SHA-256 of the root that the authority must prove"),
-    one("Identity", "token-file", "FILE", "Join token for the first certificate"),
+    one(
+        "Identity",
+        "token-file",
+        "FILE",
+        "Join token for the first certificate, or the token of a service account in Kubernetes",
+    ),
     one("Identity", "state-dir", "DIR", "Where certificate and virtual addresses outlive a restart"),
     one("Identity", "certificate-lifetime", "TIME", "Lifetime to ask for [default: the authority's]"),
     one(
@@ -173,6 +178,12 @@ pub const KEYS: &[Key] = &[
     one("Health", "probe-interval", "TIME", "Time between two probes [default: 2s]"),
     one("Health", "probe-rise", "COUNT", "Answers in a row after which the app is well [default: 2]"),
     one("Health", "probe-fall", "COUNT", "Failures in a row after which it is not [default: 3]"),
+    one(
+        "Health",
+        "app-probes",
+        "JSON",
+        "Probes and hooks of Kubernetes that 15020 asks of the app, at /probe/NAME: {\"app/readinessProbe\": {\"httpGet\": …}}",
+    ),
     one(
         "Ports",
         "outbound-port",

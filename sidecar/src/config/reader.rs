@@ -13,6 +13,7 @@ use std::{
 use weft_proto::names;
 
 use super::{
+    kubelet_probe::KubeletProbe,
     used::{
         AccessLogMode, App, Authority, Config, DrainTimes, Limits, Mode, OwnService, Pin, Ports, Stores,
         Upstream,
@@ -67,7 +68,7 @@ impl Reader<'_> {
                     "a domain such as `example.org`, or `.` for all",
                     domain,
                 ),
-                state_dir: self.directory("state-dir"),
+                state_dir: self.directory_to_be("state-dir"),
                 consul: self.consul(),
             },
             limits: self.limits(),
@@ -99,9 +100,9 @@ impl Reader<'_> {
             self.mistakes.push("--service: missing; expected the name of this workload's service".to_owned());
         }
         let service = self.parsed::<ServiceName>("service", "`name` or `name_namespace`");
-        let instance = self.parsed_with("instance", "at most 63 of a-z 0-9 -", |text| {
-            let fits = !text.is_empty() && text.len() <= 63;
-            let plain = text.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-'));
+        let instance = self.parsed_with("instance", "at most 100 of a-z 0-9 - .", |text| {
+            let fits = !text.is_empty() && text.len() <= 100;
+            let plain = text.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.'));
             (fits && plain).then(|| text.to_owned()).ok_or("other characters")
         });
         Some(OwnService {
@@ -131,6 +132,13 @@ impl Reader<'_> {
             tags: self.many("tag", EXPECTED_WORD, word),
             weight: self.written.entry("weight").is_some().then(|| self.number("weight", 1, 1..=10_000)),
             probe: self.probe(),
+            kubelet_probes: self
+                .parsed_with(
+                    "app-probes",
+                    "a JSON object of probes as Kubernetes writes them",
+                    KubeletProbe::parse_all,
+                )
+                .unwrap_or_default(),
         }
     }
 
@@ -243,6 +251,19 @@ impl Reader<'_> {
             Ok(found) if found.is_dir() => Ok(PathBuf::from(text)),
             Ok(_) => Err("not a directory".to_owned()),
             Err(error) => Err(error.to_string()),
+        })
+    }
+
+    /// A directory that is there, or can be made: its parent is there.
+    fn directory_to_be(&mut self, name: &str) -> Option<PathBuf> {
+        self.parsed_with(name, "a directory, or a new one in a directory that is there", |text| {
+            let path = PathBuf::from(text);
+            match std::fs::metadata(&path) {
+                Ok(found) if found.is_dir() => Ok(path),
+                Ok(_) => Err("not a directory".to_owned()),
+                Err(_) if path.parent().is_some_and(|parent| parent.is_dir()) => Ok(path),
+                Err(error) => Err(error.to_string()),
+            }
         })
     }
 

@@ -65,6 +65,43 @@ fn all_mistakes_are_told_at_once_each_with_its_place() {
 }
 
 #[test]
+fn variables_that_kubernetes_writes_for_services_are_no_settings() {
+    let config = read(
+        &["--service", "orders"],
+        &[
+            ("WEFT_SERVICE_HOST", "10.96.0.7"),
+            ("WEFT_SERVICE_PORT", "80"),
+            ("WEFT_SERVICE_PORT_HTTP", "80"),
+            ("WEFT_PORT", "tcp://10.96.0.7:80"),
+            ("WEFT_PORT_80_TCP", "tcp://10.96.0.7:80"),
+            ("WEFT_PORT_80_TCP_PROTO", "tcp"),
+            ("WEFT_PORT_80_TCP_PORT", "80"),
+            ("WEFT_PORT_80_TCP_ADDR", "10.96.0.7"),
+            ("WEFT_CA_SERVICE_HOST", "10.96.0.8"),
+            ("WEFT_CA_PORT_15080_TCP_PORT", "15080"),
+            ("WEFT_DNS_PORT", "udp://10.96.0.9:53"),
+            ("WEFT_DNS_PORT_53_UDP", "udp://10.96.0.9:53"),
+            ("WEFT_INBOUND_PORT", "16006"),
+        ],
+    )
+    .unwrap();
+    assert_eq!((config.ports.inbound, config.app.ports.len()), (16006, 0));
+    // What only looks like it is a mistake as ever.
+    for (name, value) in [("WEFT_PORT", "tcp"), ("WEFT_PORT_X_TCP", "80"), ("WEFT_SERVICE_PROT", "1")] {
+        assert!(read(&["--service", "orders"], &[(name, value)]).is_err(), "{name}");
+    }
+}
+
+#[test]
+fn a_state_directory_may_be_one_that_is_yet_to_be_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let (new, lost) = (folder.path().join("new"), folder.path().join("no/new"));
+    let with = |path: &std::path::Path| read(&["--service", "a", "--state-dir", path.to_str().unwrap()], &[]);
+    assert_eq!(with(&new).unwrap().stores.state_dir, Some(new));
+    assert!(with(&lost).is_err());
+}
+
+#[test]
 fn two_listeners_on_one_port_are_a_mistake() {
     let InvalidSettings(mistakes) =
         read(&["--service", "a", "--port", "8080", "--inbound-port", "8080"], &[]).unwrap_err();

@@ -10,7 +10,10 @@ use std::{
 
 use serde::Serialize;
 
-use super::consul::{Consul, Probe};
+use super::{
+    consul::{Consul, Probe},
+    kubelet_probe::KubeletProbe,
+};
 use crate::model::{ExpiredPeers, KeyExchange, MutualTls, Protocol, ServiceName};
 
 /// All settings of a sidecar.
@@ -85,6 +88,8 @@ pub struct App {
     pub weight: Option<u16>,
     /// How it is asked whether it lives.
     pub probe: Probe,
+    /// What is asked of it in the kubelet's place.
+    pub kubelet_probes: Vec<KubeletProbe>,
 }
 
 /// Where our identity comes from.

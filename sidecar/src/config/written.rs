@@ -98,7 +98,7 @@ impl Written {
 
     fn take_variables(&mut self, variables: &BTreeMap<String, String>) {
         for (name, value) in variables {
-            if OTHER_VARIABLES.iter().any(|other| name.starts_with(other)) {
+            if OTHER_VARIABLES.iter().any(|other| name.starts_with(other)) || is_service_link(name, value) {
                 continue;
             }
             match KEYS.iter().find(|key| key.variable() == *name) {
@@ -151,6 +151,28 @@ impl Written {
     fn put(&mut self, key: &Key, values: Vec<String>, place: String) {
         self.entries.entry(key.name).or_insert(Entry { values, place });
     }
+}
+
+/// Variables that Kubernetes writes into every container for a Service, here one called `weft` or `weft-…`:
+/// <https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables>. Those that could be settings
+/// by their names (`WEFT_PORT`) have a URL as their value.
+fn is_service_link(name: &str, value: &str) -> bool {
+    const PROTOCOLS: [&str; 3] = ["TCP", "UDP", "SCTP"];
+    let is_url =
+        PROTOCOLS.iter().any(|protocol| value.starts_with(&format!("{}://", protocol.to_lowercase())));
+    if name.ends_with("_PORT") && is_url {
+        return true;
+    }
+    if name.ends_with("_SERVICE_HOST") || name.ends_with("_SERVICE_PORT") || name.contains("_SERVICE_PORT_") {
+        return true;
+    }
+    // WEFT_CA_PORT_15080_TCP and the same with _PROTO, _PORT, _ADDR
+    let Some((_, rest)) = name.rsplit_once("_PORT_").or_else(|| name.split_once("_PORT_")) else {
+        return false;
+    };
+    let mut words = rest.split('_');
+    let number = words.next().is_some_and(|word| word.parse::<u16>().is_ok());
+    number && words.next().is_some_and(|word| PROTOCOLS.contains(&word))
 }
 
 fn read_small(path: &Path) -> std::io::Result<String> {

@@ -299,7 +299,7 @@ impl Renewal {
             "there is no certificate to renew and no join token (--token-file; `weft-ca token create` makes one)",
         )?;
         let (text, mode) = read_token(path)?;
-        if mode & 0o077 != 0 && !self.warned_of_token {
+        if mode & 0o077 != 0 && !self.warned_of_token && !is_projected(path) {
             self.warned_of_token = true;
             tracing::warn!(
                 "token file {} has mode {:04o}: others may read it",
@@ -316,6 +316,14 @@ impl Renewal {
 enum Vouched {
     Still,
     NoLonger,
+}
+
+/// A file of a projected volume is a link into a directory `..DATE` beside it. Its mode is Kubernetes' choice, and who
+/// mounts the volume decides who reads it.
+fn is_projected(path: &Path) -> bool {
+    let real = path.canonicalize().unwrap_or_default();
+    let folder = real.parent().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+    folder.is_some_and(|name| name.starts_with("..2"))
 }
 
 /// No token of ours is longer.

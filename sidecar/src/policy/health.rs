@@ -4,8 +4,10 @@
 
 use std::time::Duration;
 
-/// The first probes, until the app was well once.
-const AT_THE_START: Duration = Duration::from_millis(100);
+/// The pause after the first probe; it doubles until the app was well once.
+const AT_THE_START: Duration = Duration::from_millis(50);
+/// An app that has not started yet is asked at least so often: somebody waits for it.
+const LONGEST_PAUSE_AT_THE_START: Duration = Duration::from_secs(2);
 /// An app that is down is asked at least so often.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
@@ -57,8 +59,12 @@ impl Health {
 
     /// How long to wait until the next probe.
     pub fn pause(&self) -> Duration {
-        let first = if self.was_well { self.interval } else { self.interval.min(AT_THE_START) };
-        first.saturating_mul(1 << self.down.saturating_sub(1).min(16)).min(LONGEST_PAUSE.max(self.interval))
+        let (first, longest) = if self.was_well {
+            (self.interval, LONGEST_PAUSE)
+        } else {
+            (self.interval.min(AT_THE_START), LONGEST_PAUSE_AT_THE_START)
+        };
+        first.saturating_mul(1 << self.down.saturating_sub(1).min(16)).min(longest.max(self.interval))
     }
 }
 
@@ -76,10 +82,11 @@ mod tests {
     #[test]
     fn it_rises_and_falls_by_what_comes_in_a_row() {
         for (results, expected) in [
-            ("", (false, 100)),
-            ("-", (false, 100)),
-            ("---", (false, 400)),
-            ("-------------------------", (false, 30_000)),
+            ("", (false, 50)),
+            ("-", (false, 50)),
+            ("--", (false, 100)),
+            ("---", (false, 200)),
+            ("-------------------------", (false, 2_000)),
             ("+", (true, 1_000)),
             ("---+", (true, 1_000)),
             ("+--", (true, 1_000)),

@@ -1,12 +1,13 @@
 //! Workloads that register themselves: found, called with the identity they registered, out when they die, back
 //! when Consul forgot them, and gone first in a drain.
 
-use std::fs;
+use std::{fs, time::Duration};
 
 use nix::sys::signal::Signal;
-use weft_tests::{Consul, Mesh, Pod, Sidecar, can_run, identity, until};
+use tokio::time::Instant;
+use weft_tests::{Consul, Mesh, Pod, Sidecar, can_run, identity, output_of, pause, program, until};
 
-use super::world::{app, get, sidecar};
+use super::world::{app, get, sidecar, time_until};
 
 fn registered(mesh: &Mesh, pod: &Pod, consul: &Consul<'_>, instance: &str) -> Sidecar {
     let flags = ["--port", "8080", "--instance", instance, "--publish", "true", "--consul-ttl", "3s"];
@@ -198,4 +199,69 @@ fn what_a_probe_asks_decides_who_is_called() {
     // Nobody listens there, and nobody asks.
     let _trusted = sidecar(&mesh, &trusted, "trusted", &address, &flags("trusted", "none"));
     until("it is called well", || consul.passing("trusted").len() == 1);
+}
+
+#[test]
+fn who_leaves_is_out_and_stays_out_and_goes_on_serving() {
+    if !can_run(&Consul::NEEDS) {
+        return;
+    }
+    let mesh = Mesh::new();
+    let (client, one) = (mesh.network.pod("client"), mesh.network.pod("one"));
+    let registry = mesh.network.pod("registry");
+    let consul = Consul::dev(&registry, "");
+    let flags = ["--port", "8080", "--instance", "one", "--publish", "true", "--consul-ttl", "3s"];
+    let orders = sidecar(&mesh, &one, "orders", &consul.address(), &flags);
+    // Nobody can find it while its app is not there, and everybody once it is.
+    assert_eq!(status(&one, "/registered"), "503");
+    let _app = app(&one, "one", 8080);
+    until("it says that it is registered", || status(&one, "/registered") == "200");
+    assert_eq!(consul.passing("orders"), [format!("orders-one {}:8080", one.ipv4())]);
+    let _web = sidecar(&mesh, &client, "web", &consul.address(), &[]);
+    assert_eq!(get(&client, "http://orders/"), "200 one");
+
+    let leave = || {
+        let mut leave = one.command(program("weft-sidecar").display().to_string());
+        leave.arg("leave").arg("--admin-socket").arg(orders.socket());
+        assert!(output_of(leave).contains("true"));
+    };
+    leave();
+    assert!(consul.passing("orders").is_empty(), "it is still in the registry");
+    leave();
+    // Longer than its word would take to come again.
+    let end = Instant::now() + Duration::from_secs(4);
+    while Instant::now() < end {
+        assert!(consul.passing("orders").is_empty(), "it came back");
+        pause();
+    }
+    let direct = format!("http://{}:8080/", one.ipv4());
+    assert_eq!(get(&one, &direct), "200 one");
+    assert_eq!(status(&one, "/ready"), "200");
+}
+
+#[test]
+fn a_registry_that_is_away_stops_no_rollout() {
+    if !can_run(&Consul::NEEDS) {
+        return;
+    }
+    let mesh = Mesh::new();
+    let (one, registry) = (mesh.network.pod("one"), mesh.network.pod("registry"));
+    let mut consul = Consul::dev(&registry, "");
+    let flags = ["--port", "8080", "--instance", "one", "--publish", "true", "--consul-ttl", "3s"];
+    let _orders = sidecar(&mesh, &one, "orders", &consul.address(), &flags);
+    consul.stop();
+    let _app = app(&one, "one", 8080);
+    assert_eq!(status(&one, "/registered"), "503");
+    let took = time_until("it says yes all the same", Duration::from_secs(40), || {
+        status(&one, "/registered") == "200"
+    });
+    assert!(took > Duration::from_secs(5), "at once: {took:?}");
+}
+
+/// What 15020 answers.
+fn status(pod: &Pod, path: &str) -> String {
+    let mut curl = pod.command("curl");
+    curl.args(["-s", "-o", "/dev/null", "-w", "%{http_code}", "-m", "5"]);
+    curl.arg(format!("http://{}:15020{path}", pod.ipv4()));
+    output_of(curl)
 }

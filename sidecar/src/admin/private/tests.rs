@@ -22,7 +22,8 @@ async fn the_command_line_reads_and_turns_a_running_sidecar() {
         counter.fetch_add(1, Ordering::SeqCst);
     });
     let views = BTreeMap::from([("config", config), ("endpoints", endpoints)]);
-    tokio::spawn(serve_private(listener, Private { views, log, drain }));
+    let leave = Leave::default();
+    tokio::spawn(serve_private(listener, Private { views, log, drain, leave: leave.clone() }));
 
     let get = async |name| ask(&path, Method::GET, name, None).await;
     assert_eq!(get("/config").await.unwrap(), json!({ "service": "orders" }));
@@ -38,7 +39,7 @@ async fn the_command_line_reads_and_turns_a_running_sidecar() {
     assert!(format!("{long:#}").contains("limit"), "{long:#}");
     assert_eq!(get("/log").await.unwrap(), json!({ "filter": "warn" }));
     let reason = format!("{:#}", get("/secrets").await.unwrap_err());
-    assert!(reason.contains("/config, /endpoints, /log and /drain"), "{reason}");
+    assert!(reason.contains("/config, /endpoints, /log, /drain and /leave"), "{reason}");
     assert!(get("/drain").await.is_err());
     assert_eq!(drains.load(Ordering::SeqCst), 0);
     assert!(ask(&path, Method::POST, "/drain", None).await.is_ok());
@@ -68,4 +69,21 @@ async fn without_a_sidecar_the_error_says_what_to_check() {
     let folder = tempfile::tempdir().unwrap();
     let error = ask(&folder.path().join("none.sock"), Method::GET, "/config", None).await.unwrap_err();
     assert!(error.to_string().contains("none.sock; is it running"), "{error}");
+}
+
+#[tokio::test]
+async fn leaving_is_answered_when_it_is_done_and_twice_is_as_once() {
+    let leave = Leave::default();
+    let asking = tokio::spawn({
+        let leave = leave.clone();
+        async move { leave.ask().await }
+    });
+    leave.asked().await;
+    assert!(!asking.is_finished());
+    leave.done();
+    asking.await.unwrap();
+    leave.ask().await;
+    // Nobody has to act on it again.
+    let again = tokio::time::timeout(std::time::Duration::from_millis(50), leave.asked()).await;
+    assert!(again.is_err());
 }

@@ -21,7 +21,13 @@ async fn serve(public: Public) -> SocketAddr {
 
 fn public() -> Public {
     let metrics = Arc::new(Metrics::new());
-    Public { readiness: Readiness::default(), metrics }
+    let app = AppProbes {
+        probes: Vec::new(),
+        dialer: crate::connect::Dialer::Direct,
+        reclaimer: crate::net::Reclaimer::default(),
+        addresses: Arc::new(|_| Vec::new()),
+    };
+    Public { readiness: Readiness::default(), metrics, registered: watch::channel(false).1, app }
 }
 
 /// The whole answer as it stands on the wire.
@@ -77,12 +83,15 @@ async fn there_is_nothing_else() {
         "/log",
         "/drain",
         "/quit",
-        "/probe/",
+        "/probe",
         "/live/",
     ] {
         let answer = ask(address, &format!("GET {path} HTTP/1.1")).await;
         assert!(answer.starts_with("HTTP/1.1 404") && answer.contains("/metrics"), "{path}: {answer}");
     }
+    // there is no probe in these settings
+    assert_eq!(status(address, "GET /probe/ HTTP/1.1").await, 404);
+    assert_eq!(status(address, "GET /probe/app/readinessProbe HTTP/1.1").await, 404);
     assert_eq!(status(address, "POST /live HTTP/1.1\r\nContent-Length: 0").await, 405);
     assert_eq!(status(address, "POST /drain HTTP/1.1\r\nContent-Length: 0").await, 405);
     let long = format!("GET /{} HTTP/1.1", "x".repeat(40_000));

@@ -7,7 +7,11 @@ use std::{collections::BTreeSet, panic::AssertUnwindSafe, sync::Arc, time::Durat
 
 use futures_util::{FutureExt, future::join_all};
 use serde_json::{Map, Value, json};
-use tokio::{sync::watch, task::JoinHandle, time::sleep};
+use tokio::{
+    sync::watch,
+    task::JoinHandle,
+    time::{Instant, sleep},
+};
 use weft_proto::names;
 
 use super::{
@@ -25,6 +29,9 @@ const MAX_REGISTRATION: usize = 256 * 1024;
 const PATIENCE: Duration = Duration::from_secs(3);
 /// An agent that is away is asked again after at most this long.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// After so long without an answer of the registry a workload counts as registered for `/registered`.
+const READINESS_PATIENCE: Duration = Duration::from_secs(10);
 
 const WELL: &str = "the app answers its sidecar";
 const UNWELL: &str = "the app does not answer its sidecar";
@@ -54,10 +61,14 @@ pub fn register(
     client: Arc<Client>,
     registration: Registration,
     health: watch::Receiver<bool>,
+    registered: watch::Sender<bool>,
     random: fastrand::Rng,
 ) -> OwnRegistration {
     let (stop, stopped) = watch::channel(());
-    OwnRegistration { stop, task: tokio::spawn(keep(client, registration, health, random, stopped)) }
+    OwnRegistration {
+        stop,
+        task: tokio::spawn(keep(client, registration, health, registered, random, stopped)),
+    }
 }
 
 /// Keeps the workload registered until it is stopped. A panic costs a pause, and not the place in the registry.
@@ -65,6 +76,7 @@ async fn keep(
     client: Arc<Client>,
     registration: Registration,
     mut health: watch::Receiver<bool>,
+    registered: watch::Sender<bool>,
     mut random: fastrand::Rng,
     mut stopped: watch::Receiver<()>,
 ) {
@@ -80,6 +92,8 @@ async fn keep(
             left: BTreeSet::new(),
             words: 0,
             is_overwritten: false,
+            registered: registered.clone(),
+            failing: None,
         };
         let keeping = AssertUnwindSafe(keeper.run(&mut health, &mut stopped)).catch_unwind();
         if keeping.await.is_ok() {
@@ -115,6 +129,11 @@ struct Keeper {
     words: u32,
     /// Somebody else's registration stood under our id when it was.
     is_overwritten: bool,
+    /// Told once others can find the workload; and where the registry does not answer for [`READINESS_PATIENCE`], as its
+    /// outage must not stop a rollout.
+    registered: watch::Sender<bool>,
+    /// Since when the registry takes nothing.
+    failing: Option<Instant>,
 }
 
 impl Keeper {
@@ -130,6 +149,7 @@ impl Keeper {
                     break;
                 }
             };
+            self.note_readiness(is_well, said.is_ok());
             let rest = match said {
                 Ok(()) => {
                     if failures > 0 {
@@ -157,6 +177,22 @@ impl Keeper {
         self.left.extend(self.at.take());
         for error in self.take_back().await {
             tracing::warn!("`{}` cannot be taken back: {error}; its check runs out instead", self.id);
+        }
+    }
+
+    fn note_readiness(&mut self, is_well: bool, taken: bool) {
+        let now = Instant::now();
+        self.failing = if taken { None } else { self.failing.or(Some(now)) };
+        let waited = self.failing.is_some_and(|since| now - since >= READINESS_PATIENCE);
+        if !is_well || !(taken || waited) {
+            return;
+        }
+        let before = self.registered.send_replace(true);
+        if waited && !before {
+            tracing::warn!(
+                id = self.id,
+                "the registry has not answered for {READINESS_PATIENCE:?}: /registered says yes all the same"
+            );
         }
     }
 
