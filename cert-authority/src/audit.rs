@@ -73,8 +73,11 @@ pub struct Line {
     /// The identity that was proven, or for which the token was made.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub identity: Option<String>,
-    /// `token`, `certificate` or `none`.
+    /// `token`, `service_account`, `certificate` or `none`.
     pub proof: &'static str,
+    /// The pod that the service account's token is bound to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pod: Option<String>,
     /// The token's name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token: Option<String>,

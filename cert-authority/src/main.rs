@@ -101,6 +101,10 @@ struct Serve {
     /// Append the audit to this file (mode 0600) instead of standard output
     #[arg(long, env = "WEFT_CA_AUDIT")]
     audit: Option<PathBuf>,
+    /// Take tokens of service accounts of the Kubernetes cluster that this runs in (audience weft-ca), and keep the roots in
+    /// its ConfigMap weft-root
+    #[arg(long)]
+    kubernetes: bool,
     /// Connections at a time, 1 or more; the hard limit of descriptors bounds them too
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..))]
     max_connections: u32,
@@ -283,6 +287,7 @@ fn options(command: Serve, log_lines_dropped: Counter) -> Result<Options> {
         admin: command.admin,
         lifetimes: Lifetimes { default: command.lifetime, maximum },
         audit: command.audit,
+        kubernetes: command.kubernetes,
         max_connections: usize::try_from(command.max_connections).unwrap_or(usize::MAX),
         address_file: command.address_file,
         log_lines_dropped,

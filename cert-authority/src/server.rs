@@ -37,6 +37,7 @@ use crate::{
     authority::Authority,
     connections::Connections,
     directory::{Directory, write_private},
+    kubernetes::Cluster,
     limit::Limit,
     listener::{Accepting, Connection, accept},
     metrics::Metrics,
@@ -58,6 +59,8 @@ pub struct Options {
     pub lifetimes: Lifetimes,
     /// The audit file; standard output without one.
     pub audit: Option<PathBuf>,
+    /// Are the service accounts of a Kubernetes cluster workloads?
+    pub kubernetes: bool,
     /// Connections at a time; fewer where the process may open too few descriptors.
     pub max_connections: usize,
     /// Where the addresses are written as JSON once the listeners stand.
@@ -96,6 +99,7 @@ pub struct Server {
     tls: Tls,
     tokens: Tokens,
     audit: Arc<Audit>,
+    cluster: Option<Cluster>,
     max_connections: usize,
     listener: TcpListener,
     admin_listener: TcpListener,
@@ -112,6 +116,10 @@ impl Server {
         let authority = Arc::new(Authority::load(&directory, SystemTime::now())?);
         let tokens = Tokens::open(&directory)?;
         let audit = Arc::new(Audit::open(options.audit.as_deref())?);
+        let cluster = match options.kubernetes {
+            true => Some(Cluster::connect(authority.trust_domain().clone()).await?),
+            false => None,
+        };
         let max_connections = fitting(raise_descriptors()?, options.max_connections)?;
         let tls = make_tls(&authority, SystemTime::now())?;
         let (listener, admin_listener) = (bind(options.listen).await?, bind(options.admin).await?);
@@ -123,6 +131,7 @@ impl Server {
             tls,
             tokens,
             audit,
+            cluster,
             max_connections,
             listener,
             admin_listener,
@@ -146,10 +155,12 @@ impl Server {
             audit: self.audit.clone(),
             serving: serving.clone(),
         };
+        let roots = authority.clone();
         let service = Service {
             authority,
             stopping: stopping.clone(),
             tokens: self.tokens.clone(),
+            cluster: self.cluster.clone(),
             audit: self.audit.clone(),
             metrics: metrics.clone(),
             lifetimes: self.options.lifetimes,
@@ -177,6 +188,9 @@ impl Server {
         let mut tasks = JoinSet::new();
         tasks.spawn(essential("probes and metrics", admin::serve(self.admin_listener, admin)));
         tasks.spawn(essential("the upkeep", upkeep.run()));
+        if let Some(cluster) = self.cluster {
+            tasks.spawn(essential("the ConfigMap of the roots", cluster.publish_roots(roots)));
+        }
         tasks.spawn(essential("the accept loop", accept(accepting, secured)));
         let mut grpc = tokio::spawn(essential("the service", serve_grpc(service, connections, stopping)));
         tokio::select! {

@@ -32,6 +32,7 @@ use crate::{
     audit::{Audit, Line},
     authority::{Authority, Issued},
     connections::{Activity, InFlight},
+    kubernetes::{Attested, Cluster, Unproven, is_service_account_token},
     limit::Limit,
     metrics::Metrics,
     request,
@@ -66,6 +67,8 @@ pub struct Service {
     pub stopping: watch::Receiver<bool>,
     /// The join tokens.
     pub tokens: Tokens,
+    /// The Kubernetes cluster whose service accounts are workloads, where there is one.
+    pub cluster: Option<Cluster>,
     /// Where every decision is written.
     pub audit: Arc<Audit>,
     /// The numbers.
@@ -114,6 +117,12 @@ struct Refusal {
     detail: String,
 }
 
+/// What became of a service account's token.
+enum Reviewed {
+    TooManyGuesses,
+    Answer(Result<Attested, Unproven>),
+}
+
 #[derive(Clone, Copy)]
 enum Reason {
     BadRequest,
@@ -149,7 +158,7 @@ impl Refusal {
                 "no proof of an identity: send a join token, or connect with a valid certificate",
             ),
             Reason::BadToken => {
-                Status::unauthenticated("the join token is unknown, used or expired; make another")
+                Status::unauthenticated("the token is unknown, used or expired; make another")
             }
             Reason::BadCertificate => Status::unauthenticated("the client certificate proves no identity"),
             Reason::TooManyGuesses => Status::resource_exhausted("too many wrong tokens; wait a minute"),
@@ -160,10 +169,16 @@ impl Refusal {
 
 impl Service {
     /// Answers one request; blocks on files.
-    fn issue(&self, caller: &Caller, asked: &IssueRequest, now: SystemTime) -> Result<IssueResponse, Status> {
+    fn issue(
+        &self,
+        caller: &Caller,
+        asked: &IssueRequest,
+        reviewed: Option<Reviewed>,
+        now: SystemTime,
+    ) -> Result<IssueResponse, Status> {
         let mut line = Line { address: Some(caller.address), proof: "none", ..Line::default() };
         let authority = self.authority.borrow().clone();
-        let outcome = self.decide(&authority, caller, asked, now, &mut line).and_then(|issued| {
+        let outcome = self.decide(&authority, caller, asked, reviewed, now, &mut line).and_then(|issued| {
             self.note_issued(&issued, &mut line, now)?;
             Ok(issued)
         });
@@ -184,6 +199,7 @@ impl Service {
         authority: &Authority,
         caller: &Caller,
         asked: &IssueRequest,
+        reviewed: Option<Reviewed>,
         now: SystemTime,
         line: &mut Line,
     ) -> Result<Issued, Refusal> {
@@ -191,7 +207,10 @@ impl Service {
             request::Request::parse(&asked.csr).map_err(|error| Refusal::new(Reason::BadRequest, error))?;
         line.public_key_sha256 = Some(request.fingerprint());
         let lifetime = self.lifetime(asked.lifetime_seconds)?;
-        let id = if asked.join_token.is_empty() {
+        let is_join_token = !asked.join_token.is_empty() && reviewed.is_none();
+        let id = if let Some(reviewed) = reviewed {
+            self.prove_by_cluster(caller, &asked.join_token, reviewed, line)?
+        } else if asked.join_token.is_empty() {
             self.prove_by_certificate(caller, now, line)?
         } else {
             self.prove_by_token(caller, &asked.join_token, now, line)?
@@ -204,7 +223,7 @@ impl Service {
         let internal = |error: anyhow::Error| Refusal::new(Reason::Internal, format!("{error:#}"));
         let issued = authority.sign(&request, &id, lifetime, now).map_err(internal)?;
         self.audit.check(now).map_err(internal)?;
-        if !asked.join_token.is_empty() {
+        if is_join_token {
             self.use_up(&asked.join_token, now)?;
         }
         Ok(issued)
@@ -265,6 +284,41 @@ impl Service {
             }
             Err(error) => Err(Refusal::new(Reason::Internal, format!("{error:#}"))),
         }
+    }
+
+    fn prove_by_cluster(
+        &self,
+        caller: &Caller,
+        text: &str,
+        reviewed: Reviewed,
+        line: &mut Line,
+    ) -> Result<SpiffeId, Refusal> {
+        line.proof = "service_account";
+        line.token = Some(name_of(text));
+        match reviewed {
+            Reviewed::TooManyGuesses => {
+                Err(Refusal::new(Reason::TooManyGuesses, "this address sent too many wrong tokens"))
+            }
+            Reviewed::Answer(Ok(attested)) => {
+                line.pod = attested.pod;
+                Ok(attested.id)
+            }
+            Reviewed::Answer(Err(Unproven::Refused(why))) => {
+                self.guesses.note(caller.address.ip());
+                Err(Refusal::new(Reason::BadToken, why))
+            }
+            Reviewed::Answer(Err(Unproven::Unknown(why))) => Err(Refusal::new(Reason::Internal, why)),
+        }
+    }
+
+    /// What the cluster says of a token of its own; none where it is not asked.
+    async fn review(&self, caller: &Caller, token: &str) -> Option<Reviewed> {
+        let cluster = self.cluster.as_ref().filter(|_| is_service_account_token(token))?;
+        // The cluster is not asked on behalf of somebody who guesses.
+        if self.guesses.too_many(caller.address.ip()) {
+            return Some(Reviewed::TooManyGuesses);
+        }
+        Some(Reviewed::Answer(cluster.review(token).await))
     }
 
     fn use_up(&self, text: &str, now: SystemTime) -> Result<(), Refusal> {
@@ -330,8 +384,10 @@ impl CertificateAuthority for Face {
             return Err(service.refuse_unwritten().status());
         }
         let began = Instant::now();
-        let work =
-            tokio::task::spawn_blocking(move || service.issue(&caller, request.get_ref(), SystemTime::now()));
+        let reviewed = service.review(&caller, &request.get_ref().join_token).await;
+        let work = tokio::task::spawn_blocking(move || {
+            service.issue(&caller, request.get_ref(), reviewed, SystemTime::now())
+        });
         let answer = work.await.map_err(|_| Status::internal("the authority failed; see its log"))?;
         self.0.metrics.issue_seconds.observe(began.elapsed().as_secs_f64());
         answer.map(Response::new)
