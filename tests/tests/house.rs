@@ -6,17 +6,20 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The rooms in the order of `sidecar/src/lib.rs`: top floor first.
-fn rooms() -> Vec<String> {
-    let list = fs::read_to_string(sidecar().join("lib.rs")).expect("sidecar/src/lib.rs");
+/// The programs whose `lib.rs` lists modules, top layer first.
+const PROGRAMS: [&str; 3] = ["sidecar", "injector", "cert-authority"];
+
+/// The modules of a program in the order of its `lib.rs`: the top layer first.
+fn rooms(program: &str) -> Vec<String> {
+    let list = fs::read_to_string(source(program).join("lib.rs")).expect("a lib.rs");
     list.lines()
         .filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'))
         .map(str::to_owned)
         .collect()
 }
 
-fn sidecar() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../sidecar/src")
+fn source(program: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(program).join("src")
 }
 
 /// Every `.rs` file below a folder, with its text.
@@ -75,8 +78,8 @@ fn word(text: &str) -> String {
     text.chars().take_while(|character| character.is_alphanumeric() || *character == '_').collect()
 }
 
-fn room_of(path: &Path) -> String {
-    let inside = path.strip_prefix(sidecar()).expect("a path in the sidecar");
+fn room_of(path: &Path, program: &str) -> String {
+    let inside = path.strip_prefix(source(program)).expect("a path in the program");
     let first = inside.components().next().expect("a file name").as_os_str().to_string_lossy().into_owned();
     first.trim_end_matches(".rs").to_owned()
 }
@@ -87,23 +90,25 @@ fn is_test(path: &Path) -> bool {
 }
 
 #[test]
-fn a_room_uses_only_rooms_below_it() {
-    let rooms = rooms();
-    assert!(rooms.len() > 15, "the list of rooms could not be read: {rooms:?}");
-    let floor = |room: &str| rooms.iter().position(|name| name == room);
+fn a_module_uses_only_modules_below_it() {
     let mut wrong = Vec::new();
-    for (path, text) in sources(&sidecar()) {
-        let room = room_of(&path);
-        if matches!(room.as_str(), "lib" | "main") {
-            continue;
-        }
-        let Some(own) = floor(&room) else {
-            wrong.push(format!("{} belongs to no room of lib.rs", path.display()));
-            continue;
-        };
-        for used in rooms_named(&text) {
-            if floor(&used).is_some_and(|other| other < own) {
-                wrong.push(format!("{} uses `{used}`, which stands above `{room}`", path.display()));
+    for program in PROGRAMS {
+        let rooms = rooms(program);
+        assert!(rooms.len() >= 10, "the modules of {program} could not be read: {rooms:?}");
+        let floor = |room: &str| rooms.iter().position(|name| name == room);
+        for (path, text) in sources(&source(program)) {
+            let room = room_of(&path, program);
+            if matches!(room.as_str(), "lib" | "main") {
+                continue;
+            }
+            let Some(own) = floor(&room) else {
+                wrong.push(format!("{} belongs to no module of lib.rs", path.display()));
+                continue;
+            };
+            for used in rooms_named(&text) {
+                if !is_test(&path) && floor(&used).is_some_and(|other| other < own) {
+                    wrong.push(format!("{} uses `{used}`, which stands above `{room}`", path.display()));
+                }
             }
         }
     }
