@@ -2,6 +2,7 @@
 //! A test begins with [`can_run`]; then it makes a [`Network`] and pods in it; everything ends when it is dropped,
 //! after a panic too. Traffic stays inside those namespaces.
 
+mod cluster;
 mod consul;
 mod forge;
 mod mesh;
@@ -9,6 +10,7 @@ mod network;
 mod process;
 mod program;
 
+pub use cluster::{Answer, Cluster};
 pub use consul::Consul;
 pub use forge::{Forged, Forger};
 pub use mesh::{Mesh, Sidecar, TRUST_DOMAIN, identity};

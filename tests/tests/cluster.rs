@@ -1,0 +1,10 @@
+//! Weft on a real Kubernetes: what the injector makes of pods, and how these work in the mesh.
+
+#[path = "cluster/joining.rs"]
+mod joining;
+#[path = "cluster/odd.rs"]
+mod odd;
+#[path = "cluster/probes.rs"]
+mod probes;
+#[path = "cluster/proof.rs"]
+mod proof;
