@@ -70,7 +70,7 @@ fn the_documented_policy_suffices_and_a_wrong_token_is_told() {
     // A token that may not read services: Consul answers with an empty list, which is not believed.
     write(&other);
     until("the log says what is hidden", || {
-        sidecar.process.log().contains("hides it; the token needs service:read there")
+        sidecar.process.log().contains("hides it; the token needs service:read")
     });
     assert_eq!(get(&client, "http://orders/"), "200 one");
     assert_eq!(get(&client, "http://others.weft/"), "503 weft: registry_unavailable");
