@@ -1,5 +1,7 @@
 //! Weft on a real Kubernetes: what the injector makes of pods, and how these work in the mesh.
 
+#[path = "cluster/golden.rs"]
+mod golden;
 #[path = "cluster/joining.rs"]
 mod joining;
 #[path = "cluster/odd.rs"]
