@@ -126,6 +126,21 @@ impl Cluster {
         answer.text
     }
 
+    /// Runs `helm`, whatever comes of it.
+    pub fn helm(&self, arguments: &[&str]) -> Answer {
+        self.tool(&self.folder.join("bin/helm"), arguments)
+    }
+
+    /// Runs a program of this machine beside `kubectl` and `helm`, whatever comes of it.
+    pub fn tool(&self, program: &Path, arguments: &[&str]) -> Answer {
+        answer(self.command(program.to_owned()).args(arguments).output().expect("it is there"))
+    }
+
+    /// Runs a command inside the first node, whatever comes of it.
+    pub fn in_node(&self, command: &[&str]) -> Answer {
+        self.tool(&self.folder.join("in"), command)
+    }
+
     /// Applies a document, whatever comes of it.
     pub fn try_apply(&self, document: &str) -> Answer {
         let mut command = self.command(self.folder.join("bin/kubectl"));
