@@ -7,7 +7,7 @@
 mod client;
 mod kept;
 mod renewal;
-mod schedule;
+mod wake;
 
 use std::time::SystemTime;
 

@@ -19,12 +19,13 @@ use tokio::{
     sync::watch,
     time::{Instant, sleep, timeout},
 };
+use weft_proto::schedule;
 
 use super::{
     Status,
     client::{BundleStream, NotGiven, Proof, obtain},
     kept::{Kept, hex},
-    schedule::{self, Wake},
+    wake::Wake,
 };
 use crate::{
     config::Authority,

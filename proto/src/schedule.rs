@@ -1,11 +1,9 @@
 //! When to ask the authority: pure arithmetic, scaled by what a certificate has left to live.
 //!
-//! Renewal begins around half of the life, spread so that sidecars that started together do not renew
+//! Renewal begins around half of the life, spread so that programs that started together do not renew
 //! together. After a failure the pauses double, and stay a small part of the life that is left to save.
 
-use std::time::{Duration, SystemTime};
-
-use tokio::time::Instant;
+use std::time::Duration;
 
 /// The first pause without a certificate: at a start the authority is often a moment behind us.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
@@ -20,38 +18,15 @@ const PART_OF_LIFE: u32 = 10;
 /// For one attempt.
 const LONGEST_ATTEMPT: Duration = Duration::from_secs(10);
 const SHORTEST_ATTEMPT: Duration = Duration::from_secs(1);
-/// Nobody sleeps longer without looking at the clock.
-const LONGEST_SLEEP: Duration = Duration::from_secs(10);
-
-/// A time to wait for, by two clocks: whichever comes there first. The monotonic clock stands still while the machine
-/// is suspended, and the wall clock may be set back.
-pub(super) struct Wake {
-    monotonic: Instant,
-    wall: SystemTime,
-}
-
-impl Wake {
-    /// After this pause.
-    pub(super) fn after(pause: Duration, monotonic: Instant, wall: SystemTime) -> Self {
-        Wake { monotonic: monotonic + pause, wall: wall + pause }
-    }
-
-    /// How long to sleep before the next look at the clocks; none where the time has come.
-    pub(super) fn sleep(&self, monotonic: Instant, wall: SystemTime) -> Option<Duration> {
-        let left = self.wall.duration_since(wall).unwrap_or_default();
-        let left = left.min(self.monotonic.saturating_duration_since(monotonic));
-        (!left.is_zero()).then(|| left.min(LONGEST_SLEEP))
-    }
-}
 
 /// How long to wait with a certificate that has this long to live: 45 to 55 % of it.
-pub(super) fn until_renewal(remaining: Duration, random: &mut fastrand::Rng) -> Duration {
+pub fn until_renewal(remaining: Duration, random: &mut fastrand::Rng) -> Duration {
     remaining.mul_f64(0.45 + 0.1 * random.f64())
 }
 
 /// How long to wait after this many failures in a row (1 or more). `remaining` is the life that the
 /// certificate in hand has left, none where there is none. Half of the pause is random.
-pub(super) fn pause(failures: u32, remaining: Option<Duration>, random: &mut fastrand::Rng) -> Duration {
+pub fn pause(failures: u32, remaining: Option<Duration>, random: &mut fastrand::Rng) -> Duration {
     let cap = match remaining {
         Some(remaining) => (remaining / PART_OF_LIFE).clamp(SHORTEST_CAP, LONGEST_PAUSE),
         None => LONGEST_WITHOUT,
@@ -61,7 +36,7 @@ pub(super) fn pause(failures: u32, remaining: Option<Duration>, random: &mut fas
 }
 
 /// How long one attempt may take: no more than half of what the certificate in hand has left.
-pub(super) fn attempt(remaining: Option<Duration>) -> Duration {
+pub fn attempt(remaining: Option<Duration>) -> Duration {
     remaining.map_or(LONGEST_ATTEMPT, |left| (left / 2).clamp(SHORTEST_ATTEMPT, LONGEST_ATTEMPT))
 }
 
@@ -78,28 +53,6 @@ mod tests {
         assert!(times.iter().all(|time| *time >= DAY.mul_f64(0.45) && *time <= DAY.mul_f64(0.55)));
         let (early, late) = (times.iter().min().unwrap(), times.iter().max().unwrap());
         assert!(*late - *early > DAY.mul_f64(0.09), "all at the same time");
-    }
-
-    #[test]
-    fn a_wait_ends_by_the_clock_that_is_there_first() {
-        let (start, wall) = (Instant::now(), SystemTime::UNIX_EPOCH + DAY);
-        let wake = Wake::after(DAY / 2, start, wall);
-        let second = Duration::from_secs(1);
-        let cases = [
-            // what the monotonic and the wall clock have gone on by
-            (Duration::ZERO, Duration::ZERO, Some(LONGEST_SLEEP)),
-            (DAY / 2 - second, DAY / 2 - second, Some(second)),
-            (DAY / 2, DAY / 2, None),
-            // a suspended machine
-            (second, DAY / 2, None),
-            (second, DAY * 3, None),
-            (second, DAY / 2 - second, Some(second)),
-        ];
-        for (monotonic, passed, expected) in cases {
-            assert_eq!(wake.sleep(start + monotonic, wall + passed), expected, "{monotonic:?} {passed:?}");
-        }
-        // a wall clock that was set back
-        assert_eq!(wake.sleep(start + DAY / 2, wall - DAY), None);
     }
 
     #[test]
