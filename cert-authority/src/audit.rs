@@ -96,6 +96,9 @@ pub struct Line {
     /// The new certificate's end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub not_after: Option<String>,
+    /// The DNS names that were asked for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub dns_names: Vec<String>,
     /// SHA-256 of the key that was to be signed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub public_key_sha256: Option<String>,

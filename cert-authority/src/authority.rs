@@ -218,7 +218,8 @@ impl Authority {
     }
 
     /// Signs a workload's key, for an identity that was proven. The certificate ends after this lifetime, or
-    /// with the issuing certificate where that is sooner.
+    /// with the issuing certificate where that is sooner. With DNS names it serves only: it says so to every verifier,
+    /// by its extended key usage.
     ///
     /// # Errors
     /// The identity is of another trust domain, the issuer has expired, or what was signed fails the check.
@@ -226,6 +227,7 @@ impl Authority {
         &self,
         request: &Request,
         id: &SpiffeId,
+        dns_names: &[String],
         lifetime: Duration,
         now: SystemTime,
     ) -> Result<Issued> {
@@ -239,11 +241,16 @@ impl Authority {
         // No subject: the identity is the URI name alone, which rcgen then marks as critical.
         params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names = vec![SanType::URI(id.as_str().try_into()?)];
+        for name in dns_names {
+            params.subject_alt_names.push(SanType::DnsName(name.as_str().try_into()?));
+        }
         // RFC 5280 lets a leaf leave basicConstraints out; py-spiffe takes only one that says it is no authority.
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        if dns_names.is_empty() {
+            params.extended_key_usages.push(ExtendedKeyUsagePurpose::ClientAuth);
+        }
         params.use_authority_key_identifier_extension = true;
         params.serial_number = Some(serial()?);
         params.not_before = OffsetDateTime::from(not_before);
@@ -251,7 +258,7 @@ impl Authority {
         let key = SubjectPublicKeyInfo::from_der(&request.public_key)?;
         let certificate = params.signed_by(&key, &self.issuing.issuer)?;
         let chain = vec![certificate.der().clone(), self.issuing.certificate.clone()];
-        let leaf = self.check(&chain, request, id, now)?;
+        let leaf = self.check(&chain, request, id, dns_names, now)?;
         if leaf.not_after > not_after || leaf.not_before + Duration::from_secs(1) < not_before {
             bail!("the certificate that was signed lives longer than it should");
         }
@@ -264,17 +271,20 @@ impl Authority {
         chain: &[CertificateDer<'static>],
         request: &Request,
         id: &SpiffeId,
+        dns_names: &[String],
         now: SystemTime,
     ) -> Result<Leaf> {
         let (end_entity, intermediates) = chain.split_first().context("an empty chain")?;
-        let leaf = Leaf::parse(end_entity).map_err(|error| anyhow!("the signed certificate: {error}"))?;
-        if leaf.id != *id || leaf.public_key != request.public_key {
+        let (leaf, names) =
+            Leaf::parse_serving(end_entity).map_err(|error| anyhow!("the signed certificate: {error}"))?;
+        if leaf.id != *id || names != dns_names || leaf.public_key != request.public_key {
             bail!("the certificate that was signed is not the one that was asked for");
         }
         let anchors = [webpki::anchor_from_trusted_cert(&self.root.certificate)?];
         let certificate = EndEntityCert::try_from(end_entity)?;
         let at = UnixTime::since_unix_epoch(now.duration_since(SystemTime::UNIX_EPOCH)?);
-        for usage in [KeyUsage::client_auth(), KeyUsage::server_auth()] {
+        let client = dns_names.is_empty().then(KeyUsage::client_auth);
+        for usage in client.into_iter().chain([KeyUsage::server_auth()]) {
             certificate.verify_for_usage(
                 webpki::ALL_VERIFICATION_ALGS,
                 &anchors,
@@ -292,7 +302,7 @@ impl Authority {
     fn check_issuing(&self, now: SystemTime) -> Result<()> {
         let key = KeyPair::generate()?;
         let request = Request { public_key: key.subject_public_key_info() };
-        self.sign(&request, &self.own_id()?, Duration::from_secs(60), now).map(drop)
+        self.sign(&request, &self.own_id()?, &[], Duration::from_secs(60), now).map(drop)
     }
 }
 

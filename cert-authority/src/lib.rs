@@ -16,6 +16,8 @@ pub mod admin;
 /// Who asks, is it proven, what was given: the gRPC service.
 pub mod service;
 
+/// Who may have DNS names in its certificate, and which.
+pub mod dns_names;
 /// Workloads of a Kubernetes cluster: their tokens, and the bundle as a ConfigMap.
 pub mod kubernetes;
 /// Which connections stand, and which one gives way.

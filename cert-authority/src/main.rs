@@ -105,6 +105,10 @@ struct Serve {
     /// its ConfigMap weft-root
     #[arg(long)]
     kubernetes: bool,
+    /// May have the DNS names of the Service of its own name and namespace in its certificate, with the token of its service
+    /// account as proof; may be given more than once
+    #[arg(long, value_name = "SPIFFE_ID", requires = "kubernetes")]
+    serving_identity: Vec<SpiffeId>,
     /// Connections at a time, 1 or more; the hard limit of descriptors bounds them too
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..))]
     max_connections: u32,
@@ -288,6 +292,7 @@ fn options(command: Serve, log_lines_dropped: Counter) -> Result<Options> {
         lifetimes: Lifetimes { default: command.lifetime, maximum },
         audit: command.audit,
         kubernetes: command.kubernetes,
+        serving_identities: command.serving_identity,
         max_connections: usize::try_from(command.max_connections).unwrap_or(usize::MAX),
         address_file: command.address_file,
         log_lines_dropped,

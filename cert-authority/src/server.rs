@@ -29,7 +29,7 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server as Grpc;
-use weft_proto::ca::certificate_authority_server::CertificateAuthorityServer;
+use weft_proto::{ca::certificate_authority_server::CertificateAuthorityServer, spiffe::SpiffeId};
 
 use crate::{
     admin::{self, Admin},
@@ -37,6 +37,7 @@ use crate::{
     authority::Authority,
     connections::Connections,
     directory::{Directory, write_private},
+    dns_names,
     kubernetes::Cluster,
     limit::Limit,
     listener::{Accepting, Connection, accept},
@@ -61,6 +62,8 @@ pub struct Options {
     pub audit: Option<PathBuf>,
     /// Are the service accounts of a Kubernetes cluster workloads?
     pub kubernetes: bool,
+    /// Who may have DNS names in its certificate, besides the identity.
+    pub serving_identities: Vec<SpiffeId>,
     /// Connections at a time; fewer where the process may open too few descriptors.
     pub max_connections: usize,
     /// Where the addresses are written as JSON once the listeners stand.
@@ -114,6 +117,9 @@ impl Server {
         let directory = Directory::open(&options.dir)
             .with_context(|| "no authority here; `weft-ca init` makes one".to_owned())?;
         let authority = Arc::new(Authority::load(&directory, SystemTime::now())?);
+        for id in &options.serving_identities {
+            dns_names::check_identity(id, authority.trust_domain())?;
+        }
         let tokens = Tokens::open(&directory)?;
         let audit = Arc::new(Audit::open(options.audit.as_deref())?);
         let cluster = match options.kubernetes {
@@ -164,6 +170,7 @@ impl Server {
             audit: self.audit.clone(),
             metrics: metrics.clone(),
             lifetimes: self.options.lifetimes,
+            serving_identities: self.options.serving_identities,
             guesses: Guesses::default(),
             streams: Streams::new(self.max_connections),
             lines: Limit::new(LINES_PER_MINUTE),

@@ -1,7 +1,7 @@
 //! The gRPC service: who asks, is it proven, what may be given, and one audit line for each answer.
 //!
 //! A caller proves an identity by a join token or by the certificate of the TLS connection; the answer is for
-//! that identity and no other. A token is used up only after everything else was found good. What the caller
+//! that identity and no other. DNS names are given by the policy of [`crate::dns_names`]. A token is used up only after everything else was found good. What the caller
 //! learns of a refusal is less than what the audit says.
 
 use std::{
@@ -32,6 +32,7 @@ use crate::{
     audit::{Audit, Line},
     authority::{Authority, Issued},
     connections::{Activity, InFlight},
+    dns_names::{self, MAX_NAMES, Proof},
     kubernetes::{Attested, Cluster, Unproven, is_service_account_token},
     limit::Limit,
     metrics::Metrics,
@@ -75,6 +76,8 @@ pub struct Service {
     pub metrics: Arc<Metrics>,
     /// How long certificates live.
     pub lifetimes: Lifetimes,
+    /// Who may have DNS names in its certificate.
+    pub serving_identities: Vec<SpiffeId>,
     /// Who has tried wrong tokens.
     pub guesses: Guesses,
     /// Places for streams of the trust bundle.
@@ -130,6 +133,7 @@ enum Reason {
     BadToken,
     BadCertificate,
     TooManyGuesses,
+    DnsNames,
     Internal,
 }
 
@@ -141,6 +145,7 @@ impl Reason {
             Reason::BadToken => "bad_token",
             Reason::BadCertificate => "bad_certificate",
             Reason::TooManyGuesses => "too_many_guesses",
+            Reason::DnsNames => "dns_names",
             Reason::Internal => "internal",
         }
     }
@@ -162,6 +167,7 @@ impl Refusal {
             }
             Reason::BadCertificate => Status::unauthenticated("the client certificate proves no identity"),
             Reason::TooManyGuesses => Status::resource_exhausted("too many wrong tokens; wait a minute"),
+            Reason::DnsNames => Status::permission_denied(&self.detail),
             Reason::Internal => Status::internal("the authority could not sign; see its log"),
         }
     }
@@ -206,8 +212,10 @@ impl Service {
         let request =
             request::Request::parse(&asked.csr).map_err(|error| Refusal::new(Reason::BadRequest, error))?;
         line.public_key_sha256 = Some(request.fingerprint());
+        line.dns_names = asked.dns_names.iter().take(MAX_NAMES).cloned().collect();
         let lifetime = self.lifetime(asked.lifetime_seconds)?;
         let is_join_token = !asked.join_token.is_empty() && reviewed.is_none();
+        let proof = if reviewed.is_some() { Proof::ServiceAccount } else { Proof::Other };
         let id = if let Some(reviewed) = reviewed {
             self.prove_by_cluster(caller, &asked.join_token, reviewed, line)?
         } else if asked.join_token.is_empty() {
@@ -220,8 +228,10 @@ impl Service {
         if id == own {
             return Err(Refusal::new(Reason::BadCertificate, "nobody gets the authority's own identity"));
         }
+        dns_names::check(&id, proof, &asked.dns_names, &self.serving_identities)
+            .map_err(|why| Refusal::new(Reason::DnsNames, why))?;
         let internal = |error: anyhow::Error| Refusal::new(Reason::Internal, format!("{error:#}"));
-        let issued = authority.sign(&request, &id, lifetime, now).map_err(internal)?;
+        let issued = authority.sign(&request, &id, &asked.dns_names, lifetime, now).map_err(internal)?;
         self.audit.check(now).map_err(internal)?;
         if is_join_token {
             self.use_up(&asked.join_token, now)?;

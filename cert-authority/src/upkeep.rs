@@ -177,7 +177,7 @@ fn prune(tokens: &Tokens, metrics: &Metrics) {
 pub fn make_tls(authority: &Authority, now: SystemTime) -> Result<Tls> {
     let key = KeyPair::generate()?;
     let request = Request { public_key: key.subject_public_key_info() };
-    let issued = authority.sign(&request, &authority.own_id()?, OWN_LIFETIME, now)?;
+    let issued = authority.sign(&request, &authority.own_id()?, &[], OWN_LIFETIME, now)?;
     let mut chain = issued.chain;
     chain.push(authority.root().clone());
     let provider: Arc<CryptoProvider> = Arc::new(rustls::crypto::aws_lc_rs::default_provider());

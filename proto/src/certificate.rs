@@ -38,22 +38,42 @@ pub struct Leaf {
 pub struct InvalidLeaf(String);
 
 impl Leaf {
-    /// Reads a leaf certificate.
+    /// Reads the leaf certificate of a peer.
     ///
     /// # Errors
     /// Not DER, no or more than one URI name, a name that is no id of this mesh, a certificate that may sign
-    /// others, one that may not make signatures.
+    /// others, one that may not make signatures. X509-SVID would allow DNS names: here they are the mark of a server that
+    /// is called from outside of the mesh, whose key opens nothing within.
     pub fn parse(der: &[u8]) -> Result<Self, InvalidLeaf> {
+        let (leaf, dns_names) = Self::parse_serving(der)?;
+        match dns_names.first() {
+            None => Ok(leaf),
+            Some(name) => Err(InvalidLeaf(format!(
+                "it has a DNS name ({}), so it is for a server outside of the mesh and not for a peer",
+                name.chars().take(100).flat_map(char::escape_default).collect::<String>()
+            ))),
+        }
+    }
+
+    /// Reads a leaf certificate that may have DNS names, which come with it: that of a server which is called from outside of
+    /// the mesh. No peer is judged by this.
+    ///
+    /// # Errors
+    /// As [`Leaf::parse`], but for the DNS names.
+    pub fn parse_serving(der: &[u8]) -> Result<(Self, Vec<String>), InvalidLeaf> {
         let certificate = read(der)?;
-        let id = only_id(&certificate)?;
+        let names = names(&certificate)?;
+        let id = only_id(&names.uris)?;
         check_usage(&certificate)?;
-        Ok(Leaf {
+        let dns_names = names.dns.iter().map(|&name| name.to_owned()).collect();
+        let leaf = Leaf {
             id,
             not_before: time(certificate.validity().not_before),
             not_after: time(certificate.validity().not_after),
             serial: certificate.raw_serial_as_string(),
             public_key: certificate.public_key().raw.to_vec(),
-        })
+        };
+        Ok((leaf, dns_names))
     }
 }
 
@@ -61,10 +81,11 @@ impl Leaf {
 /// a sane length, or the words that it has none.
 pub fn claimed(der: &[u8]) -> String {
     let Ok(certificate) = read(der) else { return "no readable certificate".to_owned() };
-    match uri_names(&certificate) {
-        Ok(names) if names.is_empty() => "a certificate without an identity".to_owned(),
+    match names(&certificate) {
+        Ok(names) if names.uris.is_empty() => "a certificate without an identity".to_owned(),
         Ok(names) => {
             let shown: Vec<String> = names
+                .uris
                 .iter()
                 .take(3)
                 .map(|name| name.chars().take(200).flat_map(char::escape_default).collect())
@@ -83,16 +104,23 @@ fn read(der: &[u8]) -> Result<X509Certificate<'_>, InvalidLeaf> {
     }
 }
 
-fn only_id(certificate: &X509Certificate<'_>) -> Result<SpiffeId, InvalidLeaf> {
-    match uri_names(certificate)?[..] {
+/// The names of a certificate that count here.
+#[derive(Default)]
+struct Names<'a> {
+    uris: Vec<&'a str>,
+    dns: Vec<&'a str>,
+}
+
+fn only_id(uris: &[&str]) -> Result<SpiffeId, InvalidLeaf> {
+    match *uris {
         [] => Err(InvalidLeaf("it has no URI name, so no identity".to_owned())),
         [name] => name.parse().map_err(|error| InvalidLeaf(format!("its name {error}"))),
-        ref names => Err(InvalidLeaf(format!("it has {} URI names instead of one", names.len()))),
+        _ => Err(InvalidLeaf(format!("it has {} URI names instead of one", uris.len()))),
     }
 }
 
-fn uri_names<'a>(certificate: &'a X509Certificate<'_>) -> Result<Vec<&'a str>, InvalidLeaf> {
-    let mut names = Vec::new();
+fn names<'a>(certificate: &'a X509Certificate<'_>) -> Result<Names<'a>, InvalidLeaf> {
+    let mut names = Names::default();
     let mut seen = false;
     for extension in certificate.extensions() {
         match extension.parsed_extension() {
@@ -103,7 +131,8 @@ fn uri_names<'a>(certificate: &'a X509Certificate<'_>) -> Result<Vec<&'a str>, I
                 seen = true;
                 for name in &list.general_names {
                     match name {
-                        GeneralName::URI(uri) => names.push(*uri),
+                        GeneralName::URI(uri) => names.uris.push(*uri),
+                        GeneralName::DNSName(name) => names.dns.push(*name),
                         GeneralName::Invalid(..) => {
                             return Err(InvalidLeaf("one of its names is malformed".to_owned()));
                         }
@@ -171,6 +200,17 @@ mod tests {
         let leaf = Leaf::parse(&certificate(&[WEB], |_| {})).unwrap();
         assert_eq!(leaf.id.as_str(), WEB);
         assert!(leaf.not_before < leaf.not_after && !leaf.serial.is_empty());
+    }
+
+    #[test]
+    fn dns_names_are_read_beside_the_one_identity_and_are_not_for_peers() {
+        let server = certificate(&[WEB], |params| {
+            params.subject_alt_names.push(SanType::DnsName("web.shop.svc".try_into().unwrap()));
+        });
+        let (leaf, dns_names) = Leaf::parse_serving(&server).unwrap();
+        assert_eq!((leaf.id.as_str(), &dns_names[..]), (WEB, &["web.shop.svc".to_owned()][..]));
+        let refused = Leaf::parse(&server).unwrap_err().to_string();
+        assert!(refused.contains("a DNS name (web.shop.svc)"), "{refused}");
     }
 
     #[test]

@@ -41,6 +41,9 @@ use weft_sidecar::{
 };
 use weft_tests::{Need, can_run, program, python};
 
+#[path = "authority/dns_names.rs"]
+mod dns_names;
+
 const WEB: &str = "spiffe://weft.local/ns/shop/sa/web";
 const ORDERS: &str = "spiffe://weft.local/ns/shop/sa/orders";
 /// Longest wait for what should come at once.
@@ -290,7 +293,7 @@ fn request(token: &Path) -> IssueRequest {
 fn request_for(key: &KeyPair, token: &Path) -> IssueRequest {
     let csr = CertificateParams::default().serialize_request(key).unwrap();
     let join_token = fs::read_to_string(token).unwrap();
-    IssueRequest { csr: csr.der().to_vec(), join_token, lifetime_seconds: 0 }
+    IssueRequest { csr: csr.der().to_vec(), join_token, lifetime_seconds: 0, dns_names: Vec::new() }
 }
 
 #[tokio::test]
@@ -423,8 +426,7 @@ async fn only_the_proven_identity_is_given_whatever_the_request_says() {
     let key = KeyPair::generate().unwrap();
     let csr = params.serialize_request(&key).unwrap().der().to_vec();
     let token = home.token(WEB, &[]);
-    let asked =
-        IssueRequest { csr, join_token: fs::read_to_string(&token).unwrap(), lifetime_seconds: u32::MAX };
+    let asked = IssueRequest { csr, lifetime_seconds: u32::MAX, ..request(&token) };
     let answer = issue(&home, serving.listen, None, asked).await.unwrap();
     let leaf = Leaf::parse(&answer.chain[0]).unwrap();
     assert_eq!(leaf.id.as_str(), WEB);

@@ -60,7 +60,7 @@ fn an_issuing_certificate_that_cannot_be_used_is_signed_anew_from_the_root() {
         }
         let loaded = Authority::load(&home.directory, home.now).unwrap();
         assert_eq!(loaded.root(), authority.root());
-        assert!(loaded.sign(&request(), &web(), DAY, home.now).is_ok());
+        assert!(loaded.sign(&request(), &web(), &[], DAY, home.now).is_ok());
         let again = Authority::load(&home.directory, home.now).unwrap();
         assert_eq!(again.issuing.certificate, loaded.issuing.certificate, "the new one was kept");
     }
@@ -102,14 +102,14 @@ fn a_clock_that_was_ahead_leaves_no_issuing_certificate_of_the_future() {
     assert!(authority.issuing_is_due(ahead));
     let future = authority.renew_issuing(&home.directory, ahead).unwrap();
     assert!(future.check_time(ahead).is_ok() && future.check_time(home.now).is_err());
-    assert!(future.sign(&request(), &web(), DAY, home.now).is_err());
+    assert!(future.sign(&request(), &web(), &[], DAY, home.now).is_err());
 
     // The running authority sees that it is due, and a start does not need to be told.
     assert!(future.issuing_is_due(home.now));
     let started = Authority::load(&home.directory, home.now).unwrap();
-    assert!(started.sign(&request(), &web(), DAY, home.now).is_ok());
+    assert!(started.sign(&request(), &web(), &[], DAY, home.now).is_ok());
     let renewed = future.renew_issuing(&home.directory, home.now).unwrap();
-    assert!(renewed.sign(&request(), &web(), DAY, home.now).is_ok());
+    assert!(renewed.sign(&request(), &web(), &[], DAY, home.now).is_ok());
     assert!(!renewed.issuing_is_due(home.now));
 }
 
@@ -137,7 +137,7 @@ fn outside_the_life_of_the_root_nothing_is_signed_or_replaced() {
 fn a_workload_gets_exactly_what_it_may_have() {
     let (home, authority) = home();
     let request = request();
-    let issued = authority.sign(&request, &web(), DAY, home.now).unwrap();
+    let issued = authority.sign(&request, &web(), &[], DAY, home.now).unwrap();
     assert_eq!(issued.leaf.id, web());
     assert_eq!(issued.leaf.public_key, request.public_key);
     assert!(issued.leaf.not_after <= home.now + DAY && issued.leaf.not_after > home.now + DAY / 2);
@@ -147,9 +147,22 @@ fn a_workload_gets_exactly_what_it_may_have() {
     assert!(parsed.subject_alternative_name().unwrap().unwrap().critical);
     // X509-SVID 4.1 lets a leaf leave it out; some libraries refuse one that does.
     assert!(!parsed.basic_constraints().unwrap().expect("basicConstraints").value.ca);
-    assert_ne!(issued.leaf.serial, authority.sign(&request, &web(), DAY, home.now).unwrap().leaf.serial);
+    assert_ne!(issued.leaf.serial, authority.sign(&request, &web(), &[], DAY, home.now).unwrap().leaf.serial);
     let foreign = "spiffe://evil.example/ns/shop/sa/web".parse().unwrap();
-    assert!(authority.sign(&request, &foreign, DAY, home.now).is_err());
+    assert!(authority.sign(&request, &foreign, &[], DAY, home.now).is_err());
+}
+
+#[test]
+fn a_certificate_with_dns_names_keeps_its_identity_and_is_for_servers_alone() {
+    let (home, authority) = home();
+    let names = ["web.shop.svc".to_owned(), "web".to_owned()];
+    let issued = authority.sign(&request(), &web(), &names, DAY, home.now).unwrap();
+    assert_eq!(Leaf::parse_serving(&issued.chain[0]).unwrap(), (issued.leaf.clone(), names.to_vec()));
+    assert_eq!(issued.leaf.id, web());
+    assert!(Leaf::parse(&issued.chain[0]).is_err());
+    let parsed = read(&issued.chain[0]).unwrap();
+    let usage = parsed.extended_key_usage().unwrap().unwrap();
+    assert!(usage.value.server_auth && !usage.value.client_auth);
 }
 
 #[test]
@@ -158,15 +171,17 @@ fn nothing_outlives_its_issuer_and_the_issuer_is_renewed_in_time() {
     assert!(!authority.issuing_is_due(home.now + ISSUING_LIFETIME / 4));
     assert!(authority.issuing_is_due(home.now + ISSUING_LIFETIME / 2));
     let late = authority.issuing.not_after - Duration::from_secs(60);
-    let issued = authority.sign(&request(), &web(), DAY, late).unwrap();
+    let issued = authority.sign(&request(), &web(), &[], DAY, late).unwrap();
     assert_eq!(issued.leaf.not_after, authority.issuing.not_after);
-    assert!(authority.sign(&request(), &web(), DAY, authority.issuing.not_after).is_err());
+    assert!(authority.sign(&request(), &web(), &[], DAY, authority.issuing.not_after).is_err());
 
     let renewed = authority.renew_issuing(&home.directory, late).unwrap();
     assert_eq!(renewed.root(), authority.root());
     assert!(renewed.issuing.not_after > authority.issuing.not_after);
     let after = authority.issuing.not_after + DAY;
-    assert!(Authority::load(&home.directory, after).unwrap().sign(&request(), &web(), DAY, after).is_ok());
+    assert!(
+        Authority::load(&home.directory, after).unwrap().sign(&request(), &web(), &[], DAY, after).is_ok()
+    );
 }
 
 #[test]

@@ -76,6 +76,7 @@ pub(super) async fn obtain(
         csr: csr.der().to_vec(),
         join_token,
         lifetime_seconds: u32::try_from(lifetime).unwrap_or(u32::MAX),
+        dns_names: Vec::new(),
     };
     let (mut client, trust_domain) = connect(authority, current, shown).await?;
     let answer = client.issue(request).await.map_err(|status| not_given(authority, &status))?.into_inner();

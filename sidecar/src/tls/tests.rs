@@ -41,6 +41,7 @@ pub(crate) struct TestAuthority {
 /// How a leaf of the tests differs from a good one.
 pub(crate) struct TestLeaf {
     pub(crate) uris: Vec<String>,
+    pub(crate) dns_names: Vec<&'static str>,
     pub(crate) not_before: OffsetDateTime,
     pub(crate) not_after: OffsetDateTime,
     pub(crate) usages: Vec<ExtendedKeyUsagePurpose>,
@@ -51,6 +52,7 @@ impl TestLeaf {
         let now = OffsetDateTime::now_utc();
         TestLeaf {
             uris: vec![id.to_owned()],
+            dns_names: Vec::new(),
             not_before: now - Duration::from_secs(60),
             not_after: now + Duration::from_secs(3600),
             usages: vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth],
@@ -77,8 +79,9 @@ impl TestAuthority {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, "test leaf");
-        params.subject_alt_names =
-            leaf.uris.iter().map(|uri| SanType::URI(uri.as_str().try_into().unwrap())).collect();
+        let uris = leaf.uris.iter().map(|uri| SanType::URI(uri.as_str().try_into().unwrap()));
+        let dns_names = leaf.dns_names.iter().map(|&name| SanType::DnsName(name.try_into().unwrap()));
+        params.subject_alt_names = uris.chain(dns_names).collect();
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = leaf.usages;
         (params.not_before, params.not_after) = (leaf.not_before, leaf.not_after);
@@ -340,6 +343,7 @@ fn bad_certificates(authority: &TestAuthority) -> Vec<(Stranger, Vec<&'static st
     let future = with(&|leaf| leaf.not_before = now + Duration::from_secs(1800));
     let two = with(&|leaf| leaf.uris.push(WEB.to_owned()));
     let none = with(&|leaf| leaf.uris.clear());
+    let server = with(&|leaf| leaf.dns_names.push("orders.shop.svc"));
     let other = with(&|leaf| leaf.uris = vec!["spiffe://evil.example/ns/shop/sa/orders".to_owned()]);
     let shape = with(&|leaf| leaf.uris = vec!["spiffe://weft.local/orders".to_owned()]);
     let code = with(&|leaf| leaf.usages = vec![ExtendedKeyUsagePurpose::CodeSigning]);
@@ -353,6 +357,7 @@ fn bad_certificates(authority: &TestAuthority) -> Vec<(Stranger, Vec<&'static st
         (expired, vec![ORDERS, "expired at"]),
         (future, vec![ORDERS, "not valid before"]),
         (two, vec![ORDERS, WEB, "2 URI names"]),
+        (server, vec![ORDERS, "a DNS name (orders.shop.svc)", "not for a peer"]),
         (none, vec!["without an identity", "no URI name"]),
         (other, vec!["spiffe://evil.example/ns/shop/sa/orders", "another trust domain"]),
         (shape, vec!["spiffe://weft.local/orders", "not an identity of this mesh"]),

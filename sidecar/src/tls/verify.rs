@@ -1,7 +1,9 @@
 //! The check of a peer's certificate chain, and the value that proves it was made.
 //!
 //! Chain and validity are checked by webpki; the identity by X509-SVID section 5.2: one URI name, of our own
-//! trust domain. A host name is never looked at.
+//! Chain and validity are checked by webpki; the identity by X509-SVID section 5.2: one URI name, of our own
+//! trust domain. Stricter than that: a certificate with a DNS name is for a server that is called from outside of the
+//! mesh, and is no peer, whatever identity stands beside it.
 
 use std::{
     sync::Arc,
