@@ -3,6 +3,16 @@
 
 /// The HTTPS server that answers admission reviews.
 pub mod webhook;
+/// Our own serving certificate: renewed in time, and the CA bundle in step with it.
+pub mod identity;
+/// The CA bundle of the webhook configuration.
+pub mod ca_bundle;
+/// The client of the certificate authority.
+pub mod authority;
+/// The serving certificate in use.
+pub mod certificate;
+/// The numbers for Prometheus.
+pub mod metrics;
 /// The authority's root, in every namespace of the mesh.
 pub mod roots;
 /// `inject -f` and `uninject -f`: the same decision, on files.

@@ -7,6 +7,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
+    time::{Duration, SystemTime},
 };
 
 use anyhow::{Context, Result};
@@ -18,13 +19,16 @@ use kube::{
     Api, Client,
     runtime::{WatchStreamExt, reflector, watcher},
 };
-use tokio::{net::TcpListener, sync::Notify};
+use tokio::{net::TcpListener, sync::Notify, task::JoinHandle};
 use tracing_subscriber::EnvFilter;
 use weft_injector::{
+    certificate::{Files, Serving},
+    identity::{Identity, Pin},
+    metrics::Metrics,
     offline,
     roots::Roots,
     settings::Settings,
-    webhook::{Certificate, Metrics, Namespaces, Webhook, router, serve},
+    webhook::{Namespaces, Webhook, router, serve},
 };
 
 /// Adds the Weft sidecar to every pod of a labelled namespace.
@@ -33,7 +37,7 @@ use weft_injector::{
     name = "weft-injector",
     version,
     after_help = "Examples:\n  \
-        weft-injector serve --config /etc/weft/injector.yaml --tls-cert /etc/weft/tls/tls.crt --tls-key /etc/weft/tls/tls.key\n  \
+        weft-injector serve --config /etc/weft/injector.yaml --token-file /run/token/token\n  \
         weft-injector inject -f deployment.yaml | kubectl apply -f -\n  \
         weft-injector uninject -f deployment.yaml\n\n\
         Exit codes: 0 done; 1 failed, or an object was refused; 2 wrong usage or settings."
@@ -68,12 +72,29 @@ struct Serve {
     /// Probes and metrics, in plain HTTP
     #[arg(long, value_name = "ADDRESS", default_value = "[::]:15444")]
     admin: SocketAddr,
-    /// Serving certificate, PEM, the leaf first; read again when it changes
-    #[arg(long, value_name = "FILE")]
-    tls_cert: PathBuf,
+    /// Token of the injector's service account, for the audience weft-ca: the authority of the settings gives the serving
+    /// certificate for it
+    #[arg(long, value_name = "FILE", required_unless_present = "tls_cert", conflicts_with = "tls_cert")]
+    token_file: Option<PathBuf>,
+    /// Root of the authority, PEM [default: ConfigMap weft-root of the injector's own namespace]
+    #[arg(long, value_name = "FILE", conflicts_with = "tls_cert")]
+    authority_root: Option<PathBuf>,
+    /// How long the serving certificate shall live; the authority may give less
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, conflicts_with = "tls_cert")]
+    certificate_lifetime: Option<Duration>,
+    /// The Service under which the API server knows the webhook; the service account must have the same name
+    #[arg(long, value_name = "NAME", default_value = "weft-injector")]
+    service: String,
+    /// The MutatingWebhookConfiguration whose CA bundle follows the roots of the authority
+    #[arg(long, value_name = "NAME", default_value = "weft-injector")]
+    webhook_configuration: String,
+    /// A serving certificate of your own instead, PEM, the leaf first; read again when it changes. The CA bundle of the
+    /// webhook is then left alone
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
     /// Its key, PEM
-    #[arg(long, value_name = "FILE")]
-    tls_key: PathBuf,
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
     /// The injector's own log: error, warn, info, debug or a filter
     #[arg(long, value_name = "FILTER", default_value = "info")]
     log: String,
@@ -169,20 +190,56 @@ async fn serve_cluster(arguments: &Serve, settings: Settings) -> Result<()> {
     let client = Client::try_default().await.context("no cluster: neither in a pod nor by KUBECONFIG")?;
     let changed = Arc::new(Notify::new());
     let namespaces = watch_namespaces(&client, &changed);
-    let roots =
-        Roots { client, own_namespace: settings.namespace.clone(), namespaces: namespaces.store.clone() };
+    let roots = Roots {
+        client: client.clone(),
+        own_namespace: settings.namespace.clone(),
+        namespaces: namespaces.store.clone(),
+    };
     tokio::spawn(roots.distribute(changed));
-    let webhook = Arc::new(Webhook { settings, namespaces, metrics: Metrics::default() });
+    let (serving, metrics) = (Arc::new(Serving::default()), Arc::new(Metrics::default()));
+    let certificate = keep_certificate(arguments, &settings, client, &serving, &metrics)?;
+    let webhook = Arc::new(Webhook { settings, namespaces, metrics });
     let listener = bind(arguments.listen).await?;
     let admin = bind(arguments.admin).await?;
-    let certificate = Certificate { chain: arguments.tls_cert.clone(), key: arguments.tls_key.clone() };
     tracing::info!(listen = %arguments.listen, admin = %arguments.admin, version = env!("CARGO_PKG_VERSION"), "started");
-    let admin = axum::serve(admin, admin_router(Arc::clone(&webhook)));
+    let admin = axum::serve(admin, admin_router(Arc::clone(&webhook), Arc::clone(&serving)));
     tokio::select! {
-        outcome = serve(listener, certificate, router(webhook)) => outcome,
+        outcome = serve(listener, serving, router(webhook)) => outcome,
+        outcome = certificate => outcome.context("the renewal of the serving certificate ended"),
         outcome = async { admin.await } => outcome.context("probes and metrics ended"),
         outcome = asked_to_stop() => outcome,
     }
+}
+
+/// The certificate comes from the operator's files, or else from the authority. The task never ends by itself.
+fn keep_certificate(
+    arguments: &Serve,
+    settings: &Settings,
+    client: Client,
+    serving: &Arc<Serving>,
+    metrics: &Arc<Metrics>,
+) -> Result<JoinHandle<()>> {
+    if let (Some(chain), Some(key)) = (&arguments.tls_cert, &arguments.tls_key) {
+        let files = Files { chain: chain.clone(), key: key.clone() };
+        files.read(serving)?;
+        return Ok(tokio::spawn(files.follow(Arc::clone(serving))));
+    }
+    let identity = Identity {
+        client,
+        authority: settings.authority.clone(),
+        pin: match &arguments.authority_root {
+            Some(file) => Pin::File(file.clone()),
+            None => Pin::ConfigMap(settings.namespace.clone()),
+        },
+        // clap has made sure that it is there.
+        token_file: arguments.token_file.clone().context("--token-file is missing")?,
+        dns_names: vec![format!("{}.{}.svc", arguments.service, settings.namespace)],
+        lifetime: arguments.certificate_lifetime,
+        configuration: arguments.webhook_configuration.clone(),
+        serving: Arc::clone(serving),
+        metrics: Arc::clone(metrics),
+    };
+    Ok(tokio::spawn(identity.run()))
 }
 
 async fn bind(address: SocketAddr) -> Result<TcpListener> {
@@ -212,18 +269,20 @@ fn watch_namespaces(client: &Client, changed: &Arc<Notify>) -> Namespaces {
     Namespaces { store, api }
 }
 
-fn admin_router(webhook: Arc<Webhook>) -> Router {
+fn admin_router(webhook: Arc<Webhook>, serving: Arc<Serving>) -> Router {
     let metrics = Arc::clone(&webhook);
     Router::new()
         .route("/live", get(|| async { "live\n" }))
         .route(
             "/ready",
             get(move || async move {
-                let known = webhook.namespaces.store.state().len();
-                if known > 0 {
-                    (axum::http::StatusCode::OK, "ready\n")
+                let unavailable = axum::http::StatusCode::SERVICE_UNAVAILABLE;
+                if webhook.namespaces.store.state().is_empty() {
+                    (unavailable, "namespaces are not known yet\n")
+                } else if serving.remaining(SystemTime::now()).is_none() {
+                    (unavailable, "there is no valid serving certificate\n")
                 } else {
-                    (axum::http::StatusCode::SERVICE_UNAVAILABLE, "namespaces are not known yet\n")
+                    (axum::http::StatusCode::OK, "ready\n")
                 }
             }),
         )

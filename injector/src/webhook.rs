@@ -24,14 +24,13 @@ use serde_json::Value;
 
 use crate::{
     decide::{Decision, Namespace, decide},
+    metrics::Metrics,
     patch::{difference, inject},
     settings::Settings,
 };
 
-pub use metrics::Metrics;
-pub use server::{Certificate, serve};
+pub use server::serve;
 
-mod metrics;
 mod server;
 
 /// A review holds an object twice, and the API server takes none above 1.5 MiB.
@@ -44,7 +43,7 @@ pub struct Webhook {
     /// Labels of namespaces.
     pub namespaces: Namespaces,
     /// The numbers.
-    pub metrics: Metrics,
+    pub metrics: Arc<Metrics>,
 }
 
 /// The labels of namespaces: from a watch, and from the API server where the watch does not know one yet.

@@ -2,12 +2,13 @@
 //! process. Each test makes namespaces of its own.
 
 use std::{
+    cell::RefCell,
     env,
     fmt::Write as _,
     io::Write as _,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
-    sync::OnceLock,
+    sync::{OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
     time::Duration,
 };
 
@@ -31,15 +32,42 @@ pub struct Answer {
     pub text: String,
 }
 
+/// How a test, which is a thread, has the cluster until it ends.
+#[expect(dead_code, reason = "held for its drop")]
+enum Turn {
+    Shared(RwLockReadGuard<'static, ()>),
+    Alone(RwLockWriteGuard<'static, ()>),
+}
+
+static TURNS: RwLock<()> = RwLock::new(());
+
+thread_local! {
+    static TURN: RefCell<Option<Turn>> = const { RefCell::new(None) };
+}
+
 /// A pod may take so long until it is ready, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 impl Cluster {
-    /// The cluster; none where there is none, which is printed as a skipped test.
+    /// The cluster, beside other tests; none where there is none, which is printed as a skipped test.
     ///
     /// # Panics
     /// If it is built and cannot be started.
     pub fn shared() -> Option<&'static Cluster> {
+        take_turn(|| Turn::Shared(TURNS.read().unwrap_or_else(PoisonError::into_inner)));
+        Self::get_or_start()
+    }
+
+    /// The cluster, for a test that changes what all others need.
+    ///
+    /// # Panics
+    /// As [`Cluster::shared`].
+    pub fn alone() -> Option<&'static Cluster> {
+        take_turn(|| Turn::Alone(TURNS.write().unwrap_or_else(PoisonError::into_inner)));
+        Self::get_or_start()
+    }
+
+    fn get_or_start() -> Option<&'static Cluster> {
         static CLUSTER: OnceLock<Option<Cluster>> = OnceLock::new();
         let cluster = CLUSTER
             .get_or_init(|| env::var_os("WEFT_TESTS_CLUSTER").map(|folder| Cluster::start(folder.into())));
@@ -143,9 +171,18 @@ impl Cluster {
 
     /// Applies a document, whatever comes of it.
     pub fn try_apply(&self, document: &str) -> Answer {
+        self.piped(&["apply", "-f", "-"], document)
+    }
+
+    /// What the API server would make of a new object, as JSON, whatever comes of it.
+    pub fn dry_run(&self, document: &str) -> Answer {
+        self.piped(&["create", "--dry-run=server", "-o", "json", "-f", "-"], document)
+    }
+
+    fn piped(&self, arguments: &[&str], document: &str) -> Answer {
         let mut command = self.command(self.folder.join("bin/kubectl"));
         let mut child = command
-            .args(["apply", "-f", "-"])
+            .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -203,13 +240,19 @@ impl Cluster {
     ///
     /// # Panics
     /// If it takes too long.
-    pub fn until(&self, what: &str, holds: impl Fn() -> bool) {
+    pub fn until(&self, what: &str, mut holds: impl FnMut() -> bool) {
         let start = Instant::now();
         while !holds() {
             assert!(start.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
             pause();
         }
     }
+}
+
+/// The turn before, of the same thread, ends first.
+fn take_turn(turn: impl FnOnce() -> Turn) {
+    TURN.set(None);
+    TURN.set(Some(turn()));
 }
 
 fn answer(output: Output) -> Answer {

@@ -1,5 +1,7 @@
 //! Weft on a real Kubernetes: what the injector makes of pods, and how these work in the mesh.
 
+#[path = "cluster/certificate.rs"]
+mod certificate;
 #[path = "cluster/chart.rs"]
 mod chart;
 #[path = "cluster/golden.rs"]
