@@ -112,6 +112,7 @@ impl Cluster {
         image("sidecar", &[&["--bin", sidecar], &entry[..]].concat());
         image("redirect", &[&["--from", "images/tools.tar", "--bin", sidecar], &entry[..]].concat());
         image("control", &["--bin", authority, "--bin", injector]);
+        image("load", &["--from", "images/tools.tar", "--bin", "/usr/bin/wrk=/usr/bin/wrk"]);
         image("consul", &["--bin", "/usr/bin/consul=/usr/local/bin/consul"]);
     }
 

@@ -14,3 +14,5 @@ mod odd;
 mod probes;
 #[path = "cluster/proof.rs"]
 mod proof;
+#[path = "cluster/rollout.rs"]
+mod rollout;
