@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 use serde_json::Value;
 use weft_proto::names::{SIDECAR_PORTS, SIDECAR_UID};
 
-use crate::{annotations::PodSettings, containers::Plan, names, settings::Settings};
+use crate::{annotations::PodSettings, containers::Plan, names, probes, settings::Settings};
 
 /// What is known of a pod's namespace.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -71,12 +71,14 @@ impl Reason {
 }
 
 /// Decides about a pod, as the API server shows it at its creation or as it stands in a template.
-pub fn decide<'a>(pod: &Value, namespace: &Namespace, settings: &'a Settings) -> Decision<'a> {
-    let pod: Pod = match serde_path_to_error::deserialize(pod) {
+pub fn decide<'a>(value: &Value, namespace: &Namespace, settings: &'a Settings) -> Decision<'a> {
+    let pod: Pod = match serde_path_to_error::deserialize(value) {
         Ok(pod) => pod,
         Err(error) => return Decision::Refuse(vec![format!("not a pod: {error}")]),
     };
-    let spec = pod.spec.clone().unwrap_or_default();
+    let Some(spec) = pod.spec.clone().filter(|spec| !spec.containers.is_empty()) else {
+        return Decision::Refuse(vec!["not a pod: it has no containers".into()]);
+    };
     match asked(&pod, namespace) {
         Ok(true) => {}
         Ok(false) => return Decision::Leave(not_asked(&pod, namespace)),
@@ -87,6 +89,9 @@ pub fn decide<'a>(pod: &Value, namespace: &Namespace, settings: &'a Settings) ->
     }
     let mut wrong = obstacles(&spec, namespace, settings);
     let annotations = pod.metadata.annotations.clone().unwrap_or_default();
+    if !annotations.contains_key(names::ANNOTATION_STATUS) {
+        wrong.extend(reserved_names(&spec));
+    }
     let asked = PodSettings::read(&annotations).unwrap_or_else(|messages| {
         wrong.extend(messages);
         PodSettings::default()
@@ -95,6 +100,7 @@ pub fn decide<'a>(pod: &Value, namespace: &Namespace, settings: &'a Settings) ->
         wrong.push(message);
         String::new()
     });
+    wrong.extend(unreachable_hooks(value, &asked, settings));
     if !wrong.is_empty() {
         return Decision::Refuse(wrong);
     }
@@ -186,6 +192,45 @@ fn reserved_user(spec: &PodSpec) -> Vec<String> {
     pod.into_iter().chain(containers).collect()
 }
 
+/// What injection adds has these names, and what has them is taken out with it.
+fn reserved_names(spec: &PodSpec) -> Vec<String> {
+    let containers = spec.containers.iter().chain(spec.init_containers.iter().flatten());
+    let containers =
+        containers.map(|container| ("container", container.name.as_str(), &names::CONTAINERS[..]));
+    let volumes = spec.volumes.iter().flatten();
+    let volumes = volumes.map(|volume| ("volume", volume.name.as_str(), &names::VOLUMES[..]));
+    let mut wrong = Vec::new();
+    for (kind, name, reserved) in containers.chain(volumes) {
+        if reserved.contains(&name) {
+            wrong.push(format!("{kind} {name} has a name that the mesh needs; choose another one"));
+        }
+    }
+    wrong
+}
+
+/// The kubelet calls hooks itself, in plaintext, which a strict port refuses.
+fn unreachable_hooks(pod: &Value, asked: &PodSettings, settings: &Settings) -> Vec<String> {
+    let flag = |name: &str| {
+        asked.sidecar.iter().rev().find(|(flag, _)| *flag == name).map(|(_, value)| value.as_str())
+    };
+    let mode = flag("mtls").or_else(|| settings.sidecar.get("mtls").map(String::as_str));
+    if mode != Some("strict") || flag("mtls-port").is_some() {
+        return Vec::new();
+    }
+    let containers = pod["spec"]["containers"].as_array().into_iter().flatten();
+    let mut wrong = Vec::new();
+    for container in containers {
+        for hook in probes::http_hooks(container) {
+            wrong.push(format!(
+                "container {} has {hook} with httpGet, which Kubernetes calls in plaintext and a strict app refuses; use exec, \
+                 or allow plaintext on its port with annotation weft.dev/mtls-ports: PORT=permissive",
+                container["name"].as_str().unwrap_or_default()
+            ));
+        }
+    }
+    wrong
+}
+
 fn reserved_ports(spec: &PodSpec) -> Vec<String> {
     let ports = app_containers(spec).flat_map(|container| {
         container.ports.iter().flatten().map(move |port| (container.name.as_str(), port.container_port))
@@ -215,8 +260,16 @@ fn container_ports(spec: &PodSpec) -> Vec<u16> {
 /// The service of a pod: what its annotation says, else the name of its workload; outside of `default` with the namespace.
 fn service(pod: &Pod, asked: &PodSettings, namespace: &Namespace) -> Result<String, String> {
     let name = match &asked.service {
-        Some(name) if name.contains('_') => return Ok(name.clone()),
-        Some(name) => name.clone(),
+        Some(name) => match name.split_once('_') {
+            Some((_, other)) if other != namespace.name => {
+                return Err(format!(
+                    "annotation weft.dev/service is {name:?}, a service of namespace {other}; expected one of {}",
+                    namespace.name
+                ));
+            }
+            Some((name, _)) => name.to_owned(),
+            None => name.clone(),
+        },
         None => workload(pod).replace('.', "-"),
     };
     if name.is_empty() || name.len() > 63 {

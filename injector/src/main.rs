@@ -38,7 +38,7 @@ use weft_injector::{
     version,
     after_help = "Examples:\n  \
         weft-injector serve --config /etc/weft/injector.yaml --token-file /run/token/token\n  \
-        weft-injector inject -f deployment.yaml | kubectl apply -f -\n  \
+        weft-injector inject -f deployment.yaml --config injector.yaml | kubectl apply -f -\n  \
         weft-injector uninject -f deployment.yaml\n\n\
         Exit codes: 0 done; 1 failed, or an object was refused; 2 wrong usage or settings."
 )]

@@ -74,6 +74,11 @@ struct Object<'a> {
 }
 
 impl Object<'_> {
+    fn is_whole(&self) -> bool {
+        let metadata = &self.template["metadata"];
+        self.template.is_object() && (metadata.is_object() || metadata.is_null())
+    }
+
     /// As the API server would show it: with a name that its pods would have.
     fn pod(&self) -> Value {
         let mut pod = self.template.clone();
@@ -88,13 +93,31 @@ fn change(
     text: &str,
     decide: &dyn Fn(&Object<'_>) -> Result<Change, Vec<String>>,
 ) -> Result<Outcome, Vec<String>> {
+    // A file of Windows keeps its line breaks, where all of them are of that kind.
+    let is_crlf = text.contains("\r\n") && text.matches('\n').count() == text.matches("\r\n").count();
+    if is_crlf {
+        let mut outcome = change_lines(&text.replace("\r\n", "\n"), decide)?;
+        outcome.text = outcome.text.replace('\n', "\r\n");
+        return Ok(outcome);
+    }
+    change_lines(text, decide)
+}
+
+fn change_lines(
+    text: &str,
+    decide: &dyn Fn(&Object<'_>) -> Result<Change, Vec<String>>,
+) -> Result<Outcome, Vec<String>> {
     let mut outcome = Outcome { text: String::new(), report: Vec::new() };
     let mut wrong = Vec::new();
+    let mut line = 1;
     for part in documents(text) {
         match change_document(part, decide, &mut outcome.report) {
             Ok(changed) => outcome.text.push_str(&changed),
-            Err(messages) => wrong.extend(messages),
+            Err(messages) => {
+                wrong.extend(messages.iter().map(|message| format!("document in line {line}: {message}")));
+            }
         }
+        line += part.matches('\n').count();
     }
     if wrong.is_empty() { Ok(outcome) } else { Err(wrong) }
 }
@@ -111,6 +134,10 @@ fn change_document(
     let mut wrong = Vec::new();
     for object in objects(&document) {
         let title = format!("{} {}", object.kind, object.name);
+        if !object.is_whole() {
+            wrong.push(format!("{title}: its pod is no mapping with a mapping as its metadata"));
+            continue;
+        }
         match decide(&object) {
             Ok(Change::To(pod, done)) => {
                 report.push(format!("{title}: {done}"));
@@ -124,7 +151,18 @@ fn change_document(
         return Err(wrong);
     }
     let changed = yaml::apply(body, &patch).map_err(|message| vec![message])?;
+    check(&changed, document, &patch).map_err(|message| vec![message])?;
     Ok(format!("{separator}{changed}"))
+}
+
+/// The edited text must say what the patch makes of the document: nothing that was edited wrongly is ever written.
+fn check(changed: &str, mut document: Value, patch: &Patch) -> Result<(), String> {
+    json_patch::patch(&mut document, patch).map_err(|error| format!("it cannot be changed: {error}"))?;
+    let read = serde_saphyr::from_str::<Value>(changed);
+    if read.is_ok_and(|read| read == document) {
+        return Ok(());
+    }
+    Err("it is written in a way that cannot be edited without changing more; write it out plainly".into())
 }
 
 fn operations(object: &Object<'_>, mut pod: Value) -> Vec<PatchOperation> {

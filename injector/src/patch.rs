@@ -2,6 +2,8 @@
 //! difference is the patch: so injecting twice changes nothing, another webhook's changes in between are followed, and
 //! taking the injection back is the same difference the other way.
 
+use std::collections::BTreeMap;
+
 use json_patch::{
     AddOperation, Patch, PatchOperation, RemoveOperation, ReplaceOperation, jsonptr::PointerBuf,
 };
@@ -21,9 +23,9 @@ pub struct Status {
     pub version: String,
     /// Is the sidecar an init container that goes on?
     pub native: bool,
-    /// Containers that were given a preStop hook which only waits.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub pre_stop_sleep: Vec<String>,
+    /// Containers that were given a preStop hook which only waits, and how many seconds.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub pre_stop_sleep: BTreeMap<String, u64>,
 }
 
 /// The pod with the sidecar.
@@ -33,7 +35,7 @@ pub fn inject(pod: &Value, plan: &Plan<'_>) -> Value {
     let mut status = Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         native: plan.settings.native_sidecar,
-        pre_stop_sleep: Vec::new(),
+        pre_stop_sleep: BTreeMap::new(),
     };
     for container in probed_containers(&mut pod) {
         probes::redirect(container, &mut originals);
@@ -41,7 +43,7 @@ pub fn inject(pod: &Value, plan: &Plan<'_>) -> Value {
     let seconds = u64::from(plan.settings.pre_stop_sleep_seconds);
     if (1..grace_seconds(&pod)).contains(&seconds) {
         for container in list(&mut pod, "containers") {
-            status.pre_stop_sleep.extend(add_sleep(container, seconds));
+            status.pre_stop_sleep.extend(add_sleep(container, seconds).map(|name| (name, seconds)));
         }
     }
     let sidecar = containers::sidecar(plan, &originals);
@@ -79,8 +81,9 @@ pub fn strip(pod: &Value) -> Value {
         probes::restore(container, &originals);
     }
     for container in list(&mut pod, "containers") {
-        if status.pre_stop_sleep.iter().any(|name| container["name"] == name.as_str()) {
-            remove_sleep(container);
+        let name = container["name"].as_str().unwrap_or_default();
+        if let Some(seconds) = status.pre_stop_sleep.get(name) {
+            remove_sleep(container, *seconds);
         }
     }
     if let Some(annotations) = pod.pointer_mut("/metadata/annotations").and_then(Value::as_object_mut) {
@@ -147,7 +150,8 @@ fn differ_in_items(
     let (Some(old_names), Some(new_names)) = (names(before), names(after)) else { return false };
     let kept: Vec<&String> = old_names.iter().filter(|name| new_names.contains(name)).collect();
     let expected: Vec<&String> = new_names.iter().filter(|name| old_names.contains(name)).collect();
-    if kept != expected {
+    let twice = |names: &[String]| (1..names.len()).any(|index| names[..index].contains(&names[index]));
+    if kept != expected || twice(&old_names) || twice(&new_names) {
         return false;
     }
     for (index, name) in old_names.iter().enumerate().rev() {
@@ -230,9 +234,10 @@ fn add_sleep(container: &mut Value, seconds: u64) -> Option<String> {
     container["name"].as_str().map(str::to_owned)
 }
 
-fn remove_sleep(container: &mut Value) {
+/// A hook that somebody has changed since is theirs.
+fn remove_sleep(container: &mut Value, seconds: u64) {
     let Some(lifecycle) = container.get_mut("lifecycle").and_then(Value::as_object_mut) else { return };
-    if lifecycle.get("preStop").is_some_and(|hook| hook.get("sleep").is_some()) {
+    if lifecycle.get("preStop").is_some_and(|hook| *hook == json!({ "sleep": { "seconds": seconds } })) {
         lifecycle.remove("preStop");
     }
     if lifecycle.is_empty() {

@@ -4,7 +4,7 @@
 //! New text is in block style, or JSON where it stands inside `{}` or `[]`. Aliases are followed by nobody: an operation
 //! below one is an error, as the edit would change the anchor's other uses.
 
-use granit_parser::{Event, Parser, Span, StructureStyle};
+use granit_parser::{Event, Parser, ScalarStyle, Span, StructureStyle};
 use json_patch::{Patch, PatchOperation};
 use serde_json::Value;
 
@@ -90,8 +90,14 @@ fn node(text: &str, events: &[(Event<'_>, Span)], at: &mut usize) -> Option<Node
     let (start, end) = (span.start.byte_offset()?, span.end.byte_offset()?);
     match event {
         Event::Alias(_) => Some(Node { start, end, kind: Kind::Alias }),
-        Event::Scalar(..) => {
-            let end = start + text.get(start..end)?.trim_end().len();
+        Event::Scalar(_, style, ..) => {
+            let body = text.get(start..end)?;
+            // Empty lines at the end of a block may be part of its text.
+            let body = match style {
+                ScalarStyle::Literal | ScalarStyle::Folded => body.strip_suffix('\n').unwrap_or(body),
+                _ => body.trim_end(),
+            };
+            let end = start + body.len();
             Some(Node { start, end, kind: Kind::Scalar })
         }
         Event::SequenceStart(style, ..) => {
@@ -346,9 +352,16 @@ fn column(text: &str, at: usize) -> usize {
     text[line_start(text, at)..at].chars().count()
 }
 
-/// The dash of a block item.
+/// The dash of a block item: the last one before it with nothing but dashes and spaces before it in its line. What may stand
+/// between the two are an anchor, a tag, a comment.
 fn dash(text: &str, item: &Node) -> usize {
-    text[..item.start].rfind('-').unwrap_or(item.start)
+    let dashes = text[..item.start].rmatch_indices('-').map(|(at, _)| at);
+    let mut begins = dashes.filter(|at| {
+        let before = &text[line_start(text, *at)..*at];
+        before.bytes().all(|byte| matches!(byte, b' ' | b'-'))
+            && text[at + 1..].starts_with([' ', '\n', '\r'])
+    });
+    begins.next().unwrap_or(item.start)
 }
 
 /// The start of the comment lines directly above a line.

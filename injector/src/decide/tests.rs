@@ -114,6 +114,42 @@ fn what_would_be_outside_of_the_mesh_in_silence_is_refused() {
 }
 
 #[test]
+fn a_service_of_another_namespace_is_not_claimed() {
+    let pod = pod(json!({ "name": "a", "annotations": { "weft.dev/service": "cart_other" } }), json!({}));
+    assert!(refusal(&pod, &enabled())[0].contains("a service of namespace other; expected one of shop"));
+}
+
+#[test]
+fn names_of_the_mesh_are_not_the_users() {
+    for spec in [
+        json!({ "initContainers": [{ "name": "weft-redirect" }] }),
+        json!({ "containers": [{ "name": "weft-sidecar" }] }),
+        json!({ "volumes": [{ "name": "weft-run", "emptyDir": {} }] }),
+    ] {
+        let messages = refusal(&pod(json!({ "name": "a" }), spec), &enabled());
+        assert!(messages.len() == 1 && messages[0].contains("a name that the mesh needs"), "{messages:?}");
+    }
+}
+
+#[test]
+fn a_hook_over_http_needs_a_port_that_takes_plaintext() {
+    let strict = Settings { sidecar: [("mtls".to_owned(), "strict".to_owned())].into(), ..settings() };
+    let hook = json!({ "preStop": { "httpGet": { "path": "/stop", "port": 8080 } } });
+    let spec = json!({ "containers": [{ "name": "app", "lifecycle": hook }] });
+    let with = |annotations: Value| pod(json!({ "name": "a", "annotations": annotations }), spec.clone());
+    let Decision::Refuse(messages) = decide(&with(json!({})), &enabled(), &strict) else {
+        panic!("it is taken")
+    };
+    assert!(messages[0].contains("container app has lifecycle.preStop with httpGet"), "{messages:?}");
+    for annotations in
+        [json!({ "weft.dev/mtls": "permissive" }), json!({ "weft.dev/mtls-ports": "8080=permissive" })]
+    {
+        assert!(matches!(decide(&with(annotations), &enabled(), &strict), Decision::Inject(_)));
+    }
+    assert!(matches!(decide(&with(json!({})), &enabled(), &settings()), Decision::Inject(_)));
+}
+
+#[test]
 fn pod_security_that_forbids_the_rules_is_named_with_the_command_that_allows_them() {
     let plain = pod(json!({ "name": "a" }), json!({}));
     for level in ["baseline", "restricted"] {
@@ -157,7 +193,7 @@ fn the_service_is_the_workload_that_the_user_has_written() {
         (json!({ "name": "web.v2" }), "web-v2_shop"),
         (json!({ "generateName": "web-" }), "web_shop"),
         (json!({ "name": "a", "annotations": { "weft.dev/service": "cart" } }), "cart_shop"),
-        (json!({ "name": "a", "annotations": { "weft.dev/service": "cart_other" } }), "cart_other"),
+        (json!({ "name": "a", "annotations": { "weft.dev/service": "cart_shop" } }), "cart_shop"),
     ] {
         plan_of(&pod(metadata.clone(), json!({})), &enabled(), |plan| {
             assert_eq!(plan.service, expected, "{metadata}");
@@ -193,5 +229,6 @@ fn a_pod_that_ends_needs_native_sidecars() {
 #[test]
 fn what_is_no_pod_is_refused_with_its_place() {
     let wrong = json!({ "metadata": { "labels": { "weft.dev/inject": 7 } }, "spec": { "containers": [] } });
+    assert!(refusal(&json!({ "spec": { "containers": [] } }), &enabled())[0].contains("no containers"));
     assert!(refusal(&wrong, &enabled())[0].contains("metadata.labels"));
 }

@@ -112,7 +112,10 @@ fn a_refused_object_is_named_and_nothing_is_written() {
     let text = SHOP.replace("labels: {app: orders}", "annotations: {weft.dev/mtls: \"on\"}");
     let messages = inject(&text, "default", &settings()).unwrap_err();
     assert_eq!(messages.len(), 1);
-    assert!(messages[0].starts_with("Deployment orders: annotation weft.dev/mtls"), "{messages:?}");
+    assert!(
+        messages[0].starts_with("document in line 6: Deployment orders: annotation weft.dev/mtls"),
+        "{messages:?}"
+    );
 }
 
 #[test]
@@ -123,4 +126,41 @@ fn json_and_empty_documents_pass() {
     let pod: Value = serde_json::from_str(first).unwrap();
     assert_eq!(pod["spec"]["initContainers"][1]["name"], "weft-sidecar");
     assert!(outcome.text.ends_with("\n---\n# nothing\n---\n"), "{}", outcome.text);
+}
+
+#[test]
+fn line_breaks_of_windows_stay() {
+    let text = SHOP.replace('\n', "\r\n");
+    let injected = inject(&text, "default", &settings()).unwrap().text;
+    assert_eq!(injected.matches('\n').count(), injected.matches("\r\n").count());
+    assert_eq!(injected.replace("\r\n", "\n"), inject(SHOP, "default", &settings()).unwrap().text);
+    let part = |text: &str| text.split("---").nth(1).unwrap().to_owned();
+    assert_eq!(part(&uninject(&injected).unwrap().text), part(&text));
+}
+
+#[test]
+fn what_is_no_pod_is_refused_by_name() {
+    for spec in [
+        "{template: hi}",
+        "{template: {metadata: [], spec: {}}}",
+        "{template: null}",
+        "{template: {spec: {containers: []}}}",
+    ] {
+        let text = format!("kind: Deployment\nmetadata: {{name: orders}}\nspec: {spec}\n");
+        let messages = inject(&text, "default", &settings()).unwrap_err();
+        assert!(messages[0].starts_with("document in line 1: Deployment orders: "), "{spec}: {messages:?}");
+    }
+}
+
+#[test]
+fn what_cannot_be_edited_is_refused_and_never_written_wrongly() {
+    // An explicit key, and two volumes of one name.
+    let odd = "kind: Pod\nmetadata: {name: odd}\nspec:\n  containers:\n  - name: app\n    readinessProbe:\n      tcpSocket: {port: 80}\n      ? periodSeconds\n      : 3\n";
+    let twice = "kind: Pod\nmetadata: {name: odd}\nspec:\n  containers:\n  - name: app\n  volumes:\n  - name: v\n    emptyDir: {}\n  - name: v\n    hostPath: {path: /}\n";
+    for text in [odd, twice] {
+        if let Ok(outcome) = inject(text, "default", &settings()) {
+            let back = uninject(&outcome.text).map(|outcome| documents_of(&outcome.text));
+            assert!(back.is_err() || back == Ok(documents_of(text)), "{text}: {back:?}");
+        }
+    }
 }

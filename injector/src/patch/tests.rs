@@ -153,3 +153,21 @@ fn lists_that_change_their_order_are_replaced() {
     json_patch::patch(&mut made, &patch).unwrap();
     assert_eq!(made, after);
 }
+
+#[test]
+fn a_hook_that_somebody_has_changed_since_is_theirs() {
+    let mut pod = injected(&orders(), &settings());
+    pod["spec"]["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"] = json!(20);
+    let again = injected(&pod, &settings());
+    assert_eq!(again["spec"]["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"], 20);
+    assert_eq!(strip(&pod)["spec"]["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"], 20);
+}
+
+#[test]
+fn items_of_one_name_are_replaced_as_a_list() {
+    let before = json!({ "l": [{ "name": "v", "a": 1 }, { "name": "v", "a": 2 }] });
+    let after = json!({ "l": [{ "name": "v", "a": 1 }, { "name": "v", "a": 3 }, { "name": "w" }] });
+    let mut made = before.clone();
+    json_patch::patch(&mut made, &difference(&before, &after)).unwrap();
+    assert_eq!(made, after);
+}

@@ -53,6 +53,19 @@ fn an_item_goes_before_another_and_its_comments_or_to_the_end() {
 }
 
 #[test]
+fn dashes_that_begin_no_item_are_no_dashes() {
+    check("a:\n- &c-1\n  name: x\n", add("/a/0", json!(5)), "a:\n- 5\n- &c-1\n  name: x\n");
+    check("a:\n- # b - c\n  name: x\n", add("/a/0", json!(5)), "a:\n- 5\n- # b - c\n  name: x\n");
+    check("a:\n- b-c\n- d\n", remove("/a/1"), "a:\n- b-c\n");
+}
+
+#[test]
+fn empty_lines_that_belong_to_a_text_stay_in_it() {
+    check("a:\n  b: |+\n    x\n\n\nc: 1\n", add("/a/d", json!(2)), "a:\n  b: |+\n    x\n\n\n  d: 2\nc: 1\n");
+    check("a:\n- |+\n  x\n\n", add("/a/1", json!(2)), "a:\n- |+\n  x\n\n- 2\n");
+}
+
+#[test]
 fn what_goes_leaves_the_rest_as_it_was() {
     check("a:\n  b: 1\n  c:\n    d: 2\n  e: 3\n", remove("/a/c"), "a:\n  b: 1\n  e: 3\n");
     check("a:\n  b: 1\n  c: 2", remove("/a/c"), "a:\n  b: 1");

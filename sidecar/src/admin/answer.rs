@@ -1,6 +1,16 @@
 //! What both faces share: one connection served by hyper within limits, and the shapes of answers.
 
-use std::{collections::VecDeque, convert::Infallible, future::Future, time::Duration};
+use std::{
+    collections::VecDeque,
+    convert::Infallible,
+    future::Future,
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -29,39 +39,75 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_secs(75);
 const BUFFER_BYTES: usize = 16 * 1024;
 const MAX_HEADERS: usize = 64;
 
-/// The open connections of a face. For one too many the oldest makes room: clients that are slow with their requests, or
-/// do not take their answers, keep no probe out.
+/// The open connections of a face. For one too many another makes room: one without a whole request before one that is
+/// being answered, and of those the oldest of the address that has most. So neither slow clients nor many requests of one
+/// keep a probe of the kubelet out.
 pub struct Open {
     most: usize,
-    tasks: VecDeque<AbortHandle>,
+    /// The oldest first.
+    connections: VecDeque<OpenConnection>,
+}
+
+struct OpenConnection {
+    task: AbortHandle,
+    /// Is its request complete?
+    is_asking: Arc<AtomicBool>,
+    /// From where; none on a Unix socket.
+    source: Option<IpAddr>,
 }
 
 impl Open {
     pub fn up_to(most: usize) -> Self {
-        Open { most, tasks: VecDeque::new() }
+        Open { most, connections: VecDeque::new() }
     }
 
-    /// Serves a connection in a task of its own.
-    pub async fn add(&mut self, connection: impl Future<Output = ()> + Send + 'static) {
-        self.tasks.retain(|task| !task.is_finished());
-        if self.tasks.len() >= self.most {
+    /// Serves a connection in a task of its own, which gets the flag to set once its request is complete.
+    pub async fn add<Serving>(
+        &mut self,
+        source: Option<IpAddr>,
+        serve: impl FnOnce(Arc<AtomicBool>) -> Serving,
+    ) where
+        Serving: Future<Output = ()> + Send + 'static,
+    {
+        self.connections.retain(|open| !open.task.is_finished());
+        if self.connections.len() >= self.most {
             // Those that came a moment ago have their turn first: a whole request is answered in it.
             yield_now().await;
-            if let Some(oldest) = self.tasks.pop_front() {
-                oldest.abort();
+            if let Some(open) = self.one_to_end().and_then(|index| self.connections.remove(index)) {
+                open.task.abort();
             }
         }
-        self.tasks.push_back(tokio::spawn(connection).abort_handle());
+        let is_asking = Arc::new(AtomicBool::new(false));
+        let task = tokio::spawn(serve(is_asking.clone())).abort_handle();
+        self.connections.push_back(OpenConnection { task, is_asking, source });
+    }
+
+    fn one_to_end(&self) -> Option<usize> {
+        let idle = |open: &OpenConnection| !open.is_asking.load(Ordering::Relaxed);
+        let any_idle = self.connections.iter().any(idle);
+        let candidates = || self.connections.iter().enumerate().filter(|(_, open)| !any_idle || idle(open));
+        let of_source = |source| candidates().filter(|(_, open)| open.source == source).count();
+        // Of equals the last one counts for `max_by_key`, so they are looked at from the youngest to the oldest.
+        let (index, _) = candidates()
+            .collect::<Vec<_>>()
+            .into_iter()
+            .rev()
+            .max_by_key(|(_, open)| of_source(open.source))?;
+        Some(index)
     }
 }
 
 /// Serves one request and closes: an idle client must not keep a probe of the kubelet out.
-pub async fn serve_one<Io, Answering>(io: Io, answer: impl Fn(Request<Incoming>) -> Answering)
-where
+pub async fn serve_one<Io, Answering>(
+    io: Io,
+    is_asking: &AtomicBool,
+    answer: impl Fn(Request<Incoming>) -> Answering,
+) where
     Io: AsyncRead + AsyncWrite + Unpin,
     Answering: Future<Output = Answer>,
 {
     let service = service_fn(|request| {
+        is_asking.store(true, Ordering::Relaxed);
         let answering = answer(request);
         async { Ok::<_, Infallible>(answering.await) }
     });

@@ -1,4 +1,4 @@
-//! The kubelet's probes and hooks, asked of the app in its place, as the kubelet would: GET with 200 to 399 for an answer, a
+//! The kubelet's probes, asked of the app in its place, as the kubelet would: GET with 200 to 399 for an answer, a
 //! connection, or gRPC's health protocol. A redirect is followed where it stays with the app. TLS is not verified.
 //!
 //! An app of the mesh would refuse the kubelet in strict mode, and its listener would be the sidecar's.
@@ -24,7 +24,8 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
-    time::timeout,
+    sync::Mutex,
+    time::{Instant, timeout},
 };
 use tokio_rustls::TlsConnector;
 use tonic::{body::Body, client::Grpc as GrpcClient};
@@ -37,11 +38,11 @@ use crate::{
     net::Reclaimer,
 };
 
-/// Probes by name, and where the app may listen.
-#[derive(Clone)]
+/// Probes by name, and where the app may listen. Of each probe one is under way at a time: who asks meanwhile gets the answer
+/// to it too, so that nobody makes the app answer more than the kubelet would.
 pub struct AppProbes {
     /// What may be asked.
-    pub probes: Vec<KubeletProbe>,
+    probes: Vec<(KubeletProbe, Mutex<Last>)>,
     /// How the app is reached.
     pub dialer: Dialer,
     /// Makes room where no descriptor is left.
@@ -50,8 +51,11 @@ pub struct AppProbes {
     pub addresses: Arc<dyn Fn(u16) -> Vec<SocketAddr> + Send + Sync>,
 }
 
+/// The last outcome of a probe, and when its asking began.
+type Last = Option<(Instant, Outcome)>;
+
 /// What the app answered.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
     /// Its status, or one that stands for its answer.
     pub status: StatusCode,
@@ -66,9 +70,34 @@ const BODY_BYTES: usize = 10 * 1024;
 const USER_AGENT_VALUE: HeaderValue = HeaderValue::from_static("kube-probe/weft");
 
 impl AppProbes {
+    /// Probes of an app.
+    pub fn new(
+        probes: &[KubeletProbe],
+        dialer: Dialer,
+        reclaimer: Reclaimer,
+        addresses: Arc<dyn Fn(u16) -> Vec<SocketAddr> + Send + Sync>,
+    ) -> Self {
+        let probes = probes.iter().map(|probe| (probe.clone(), Mutex::default())).collect();
+        AppProbes { probes, dialer, reclaimer, addresses }
+    }
+
     /// Asks; none where no probe has this name.
     pub async fn ask(&self, name: &str) -> Option<Outcome> {
-        let probe = self.probes.iter().find(|probe| probe.name == name)?;
+        let came = Instant::now();
+        let (probe, last) = self.probes.iter().find(|(probe, _)| probe.name == name)?;
+        let mut last = last.lock().await;
+        if let Some((began, outcome)) = &*last
+            && *began >= came
+        {
+            return Some(outcome.clone());
+        }
+        let began = Instant::now();
+        let outcome = self.ask_now(probe).await;
+        *last = Some((began, outcome.clone()));
+        Some(outcome)
+    }
+
+    async fn ask_now(&self, probe: &KubeletProbe) -> Outcome {
         let asking = async {
             match &probe.handler {
                 ProbeHandler::HttpGet(get) => self.get(get).await,
@@ -80,10 +109,10 @@ impl AppProbes {
             }
         };
         let outcome = timeout(probe.timeout, asking).await.unwrap_or_else(|_| Err(too_slow(probe.timeout)));
-        Some(outcome.unwrap_or_else(|error| Outcome {
+        outcome.unwrap_or_else(|error| Outcome {
             status: StatusCode::SERVICE_UNAVAILABLE,
             text: format!("{error:#}"),
-        }))
+        })
     }
 
     async fn connect(&self, port: u16) -> Result<TcpStream> {
@@ -101,12 +130,11 @@ impl AppProbes {
         let mut target: Uri = target(&get.path)?;
         for _ in 0..REDIRECTS {
             let answer = self.get_once(get, &target).await?;
-            match answer.headers().get(LOCATION).filter(|_| answer.status().is_redirection()) {
-                Some(location) => match target_here(&target, location) {
-                    Some(next) => target = next,
-                    None => return outcome(answer).await,
-                },
-                None => return outcome(answer).await,
+            let location = answer.headers().get(LOCATION).filter(|_| answer.status().is_redirection());
+            let Some(location) = location else { return outcome(answer).await };
+            match redirect(&target, &host(get), location)? {
+                Redirect::Here(next) => target = next,
+                Redirect::Elsewhere => return outcome(answer).await,
             }
         }
         bail!("more than {REDIRECTS} redirects")
@@ -173,25 +201,54 @@ fn target(path: &str) -> Result<Uri> {
     path.parse().with_context(|| format!("the probe's path {path:?}"))
 }
 
-/// Where a redirect leads within the app; none where it leads elsewhere, which counts as well.
-fn target_here(from: &Uri, location: &HeaderValue) -> Option<Uri> {
-    let location: Uri = location.to_str().ok()?.parse().ok()?;
-    if location.authority().is_some() {
-        return None;
-    }
-    match location.path() {
-        path if path.starts_with('/') => Some(location),
-        relative => {
-            let folder = from.path().rsplit_once('/').map_or("", |(folder, _)| folder);
-            format!("{folder}/{relative}").parse().ok()
+/// Where a redirect leads.
+enum Redirect {
+    /// To another target of the app.
+    Here(Uri),
+    /// Elsewhere, which the kubelet takes for well.
+    Elsewhere,
+}
+
+/// Resolves `Location` against the target that was asked (RFC 3986, 5.2), as far as servers use it. `host` is what was sent.
+fn redirect(from: &Uri, host: &str, location: &HeaderValue) -> Result<Redirect> {
+    let text = location.to_str().context("the redirect's Location")?;
+    let path = match text.split_once("://") {
+        Some((_, rest)) => {
+            let end = rest.find(['/', '?']).unwrap_or(rest.len());
+            let (authority, path) = rest.split_at(end);
+            if !is_here(authority, host) {
+                return Ok(Redirect::Elsewhere);
+            }
+            if path.starts_with('/') { path.to_owned() } else { format!("/{path}") }
         }
-    }
+        None if text.starts_with("//") => return Ok(Redirect::Elsewhere),
+        None if text.starts_with('/') => text.to_owned(),
+        None if text.starts_with('?') => format!("{}{text}", from.path()),
+        None => {
+            let folder = from.path().rsplit_once('/').map_or("", |(folder, _)| folder);
+            format!("{folder}/{text}")
+        }
+    };
+    let path = path.split('#').next().unwrap_or_default();
+    path.parse().map(Redirect::Here).with_context(|| format!("the redirect to {text:?}"))
+}
+
+/// The Host that was sent, or a name of the loopback, with or without a port.
+fn is_here(authority: &str, host: &str) -> bool {
+    let name = |text: &str| text.rsplit_once(':').map_or(text, |(name, _)| name).to_ascii_lowercase();
+    name(authority) == name(host) || ["localhost", "127.0.0.1", "[::1]"].contains(&name(authority).as_str())
+}
+
+/// The Host that is sent: the probe's own, or a name of this host.
+fn host(get: &HttpGet) -> String {
+    let own = get.http_headers.iter().find(|field| field.name.eq_ignore_ascii_case("host"));
+    own.map_or_else(|| format!("localhost:{}", get.port), |field| field.value.clone())
 }
 
 fn request(get: &HttpGet, target: &Uri) -> Result<Request<Empty<Bytes>>> {
     let mut request = Request::get(target.clone()).body(Empty::new())?;
     let headers = request.headers_mut();
-    headers.insert(HOST, HeaderValue::from_str(&format!("localhost:{}", get.port))?);
+    headers.insert(HOST, HeaderValue::from_str(&host(get)).context("the probe's Host")?);
     headers.insert(USER_AGENT, USER_AGENT_VALUE);
     for field in &get.http_headers {
         let name = HeaderName::try_from(&field.name).with_context(|| format!("header {:?}", field.name))?;

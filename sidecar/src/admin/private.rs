@@ -126,7 +126,10 @@ pub async fn serve_private(listener: UnixListener, private: Private) {
             }
         };
         let private = private.clone();
-        open.add(async move { serve_one(stream, |request| private.answer(request)).await }).await;
+        open.add(None, |is_asking| async move {
+            serve_one(stream, &is_asking, |request| private.answer(request)).await;
+        })
+        .await;
     }
 }
 

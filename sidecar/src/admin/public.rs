@@ -27,7 +27,7 @@ pub struct Public {
     /// Answers `/registered`: true once others can find this workload.
     pub registered: watch::Receiver<bool>,
     /// Answers `/probe/CONTAINER/KIND`.
-    pub app: AppProbes,
+    pub app: Arc<AppProbes>,
 }
 
 const NO_SUCH_PATH: &str = "no such path; there are /live, /ready, /registered, /metrics and /probe/\n";
@@ -41,7 +41,7 @@ pub async fn serve_public(listener: TcpListener, public: Public) {
     let public = Arc::new(public);
     let mut open = Open::up_to(CONNECTIONS);
     loop {
-        let (stream, _) = match listener.accept().await {
+        let (stream, client) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(%error, "the public admin face cannot accept; trying again");
@@ -50,7 +50,10 @@ pub async fn serve_public(listener: TcpListener, public: Public) {
             }
         };
         let public = public.clone();
-        open.add(async move { serve_one(stream, |request| public.answer(request)).await }).await;
+        open.add(Some(client.ip()), |is_asking| async move {
+            serve_one(stream, &is_asking, |request| public.answer(request)).await;
+        })
+        .await;
     }
 }
 

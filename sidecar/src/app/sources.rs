@@ -234,17 +234,17 @@ pub(super) fn start_faces(
     drain_asked: &Arc<Notify>,
 ) {
     let advertised = shared.advertised;
-    let app = AppProbes {
-        probes: shared.config.app.kubelet_probes.clone(),
-        dialer: shared.app_dialer.clone(),
-        reclaimer: shared.reclaimer.clone(),
-        addresses: Arc::new(move |port| app_addresses(advertised, port).to_vec()),
-    };
+    let app = AppProbes::new(
+        &shared.config.app.kubelet_probes,
+        shared.app_dialer.clone(),
+        shared.reclaimer.clone(),
+        Arc::new(move |port| app_addresses(advertised, port).to_vec()),
+    );
     let face = Public {
         readiness: shared.readiness.clone(),
         metrics: shared.telemetry.metrics().clone(),
         registered: shared.registered.subscribe(),
-        app,
+        app: Arc::new(app),
     };
     shared.tasks.spawn("probes and metrics", serve_public(public, face));
     shared.tasks.spawn("admin socket", serve_private(private, views::private(shared, drain_asked.clone())));

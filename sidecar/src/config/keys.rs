@@ -182,7 +182,7 @@ pub const KEYS: &[Key] = &[
         "Health",
         "app-probes",
         "JSON",
-        "Probes and hooks of Kubernetes that 15020 asks of the app, at /probe/NAME: {\"app/readinessProbe\": {\"httpGet\": …}}",
+        "Probes of Kubernetes that 15020 asks of the app, at /probe/NAME: {\"app/readinessProbe\": {\"httpGet\": …}}",
     ),
     one(
         "Ports",

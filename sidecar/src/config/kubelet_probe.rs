@@ -1,12 +1,12 @@
-//! Probes and hooks of a pod that the injector has sent to the sidecar: what the kubelet would have asked of the app. The
-//! shapes are those of Kubernetes' `Probe` and `LifecycleHandler`, with numbers for ports:
+//! Probes of a pod that the injector has sent to the sidecar: what the kubelet would have asked of the app. The shapes are
+//! those of Kubernetes' `Probe`, with numbers for ports:
 //! <https://kubernetes.io/docs/reference/kubernetes-api/workload-resources/pod-v1/#Probe>.
 
 use std::{collections::BTreeMap, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-/// One probe or hook.
+/// One probe.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct KubeletProbe {
     /// `CONTAINER/KIND`, such as `app/readinessProbe`: it is asked at `/probe/CONTAINER/KIND`.
@@ -98,9 +98,6 @@ struct Written {
 
 /// Kubernetes' default for probes.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(1);
-/// A hook has no limit but the pod's grace period.
-const HOOK_TIMEOUT: Duration = Duration::from_secs(60);
-
 impl KubeletProbe {
     /// Reads an object of probes by name.
     pub(super) fn parse_all(text: &str) -> Result<Vec<Self>, String> {
@@ -110,9 +107,7 @@ impl KubeletProbe {
     }
 
     fn of(name: String, written: Written) -> Self {
-        let is_hook = ["/postStart", "/preStop"].iter().any(|kind| name.ends_with(kind));
-        let default = if is_hook { HOOK_TIMEOUT } else { DEFAULT_TIMEOUT };
-        let timeout = written.timeout_seconds.map_or(default, Duration::from_secs);
+        let timeout = written.timeout_seconds.map_or(DEFAULT_TIMEOUT, Duration::from_secs);
         KubeletProbe { name, handler: written.handler, timeout }
     }
 }
@@ -129,16 +124,16 @@ mod tests {
     fn probes_of_kubernetes_are_read() {
         let text = r#"{
             "app/livenessProbe": {"tcpSocket": {"port": 8080}, "timeoutSeconds": 3},
-            "app/preStop": {"httpGet": {"port": 8080, "path": "/stop", "scheme": "HTTPS",
-                            "httpHeaders": [{"name": "Host", "value": "orders"}]}},
-            "app/readinessProbe": {"grpc": {"port": 9090}}
+            "app/readinessProbe": {"grpc": {"port": 9090}},
+            "app/startupProbe": {"httpGet": {"port": 8080, "path": "/stop", "scheme": "HTTPS",
+                                 "httpHeaders": [{"name": "Host", "value": "orders"}]}}
         }"#;
         let probes = KubeletProbe::parse_all(text).unwrap();
         let names: Vec<&str> = probes.iter().map(|probe| probe.name.as_str()).collect();
-        assert_eq!(names, ["app/livenessProbe", "app/preStop", "app/readinessProbe"]);
-        assert_eq!((probes[0].timeout, probes[1].timeout), (Duration::from_secs(3), HOOK_TIMEOUT));
-        assert_eq!(probes[2].handler, ProbeHandler::Grpc(Grpc { port: 9090, service: None }));
-        let ProbeHandler::HttpGet(get) = &probes[1].handler else { panic!("{:?}", probes[1]) };
+        assert_eq!(names, ["app/livenessProbe", "app/readinessProbe", "app/startupProbe"]);
+        assert_eq!((probes[0].timeout, probes[1].timeout), (Duration::from_secs(3), DEFAULT_TIMEOUT));
+        assert_eq!(probes[1].handler, ProbeHandler::Grpc(Grpc { port: 9090, service: None }));
+        let ProbeHandler::HttpGet(get) = &probes[2].handler else { panic!("{:?}", probes[2]) };
         assert_eq!((get.scheme, get.http_headers[0].value.as_str()), (Scheme::Https, "orders"));
     }
 

@@ -31,12 +31,8 @@ fn probes(json: &str) -> AppProbes {
     let written = format!("{{\"service\": \"app\", \"app-probes\": {}}}", serde_json::Value::from(json));
     let written = crate::config::Written::from_text("test", &written);
     let config = crate::config::Config::check(&written, (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
-    AppProbes {
-        probes: config.app.kubelet_probes,
-        dialer: Dialer::Direct,
-        reclaimer: Reclaimer::default(),
-        addresses: Arc::new(|port| vec![(Ipv4Addr::LOCALHOST, port).into()]),
-    }
+    let addresses = Arc::new(|port| vec![(Ipv4Addr::LOCALHOST, port).into()]);
+    AppProbes::new(&config.app.kubelet_probes, Dialer::Direct, Reclaimer::default(), addresses)
 }
 
 const EMPTY: &str = "HTTP/1.1 200 OK\r\nContent-Length: 4\r\nConnection: close\r\n\r\nwell";
@@ -91,4 +87,40 @@ async fn an_app_that_is_not_there_or_silent_is_unwell_in_time() {
     let outcome = probes.ask("a/http").await.unwrap();
     assert!(outcome.text.contains("within 1s"), "{}", outcome.text);
     assert_eq!(probes.ask("a/other").await, None);
+}
+
+#[test]
+fn a_redirect_is_resolved_as_the_kubelet_would() {
+    let from: Uri = "/live/x?y=1".parse().unwrap();
+    for (location, expected) in [
+        ("/other", Some("/other")),
+        ("bad", Some("/live/bad")),
+        ("?bad=1", Some("/live/x?bad=1")),
+        ("http://orders/bad", Some("/bad")),
+        ("http://ORDERS:8080/bad?x#y", Some("/bad?x")),
+        ("https://localhost:8443", Some("/")),
+        ("http://elsewhere/bad", None),
+        ("//elsewhere/bad", None),
+    ] {
+        let found = match redirect(&from, "orders", &HeaderValue::from_static(location)).unwrap() {
+            Redirect::Here(uri) => Some(uri.to_string()),
+            Redirect::Elsewhere => None,
+        };
+        assert_eq!(found.as_deref(), expected, "{location}");
+    }
+    assert!(redirect(&from, "orders", &HeaderValue::from_static("/ no")).is_err());
+}
+
+#[tokio::test]
+async fn of_one_probe_one_is_under_way_at_a_time_and_its_answer_is_everybodys() {
+    let (port, mut asked) = app(&[EMPTY, EMPTY]).await;
+    let probes = probes(&format!(r#"{{"a/b": {{"httpGet": {{"port": {port}}}}}}}"#));
+    let first = probes.ask("a/b");
+    let others = futures_util::future::join_all((0..50).map(|_| probes.ask("a/b")));
+    let (first, others) = futures_util::future::join(first, others).await;
+    assert!(others.iter().all(|outcome| outcome == &first));
+    // One for the first, and one for all who came while it was under way.
+    asked.recv().await.unwrap();
+    asked.recv().await.unwrap();
+    assert!(asked.try_recv().is_err());
 }

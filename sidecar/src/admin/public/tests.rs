@@ -21,12 +21,8 @@ async fn serve(public: Public) -> SocketAddr {
 
 fn public() -> Public {
     let metrics = Arc::new(Metrics::new());
-    let app = AppProbes {
-        probes: Vec::new(),
-        dialer: crate::connect::Dialer::Direct,
-        reclaimer: crate::net::Reclaimer::default(),
-        addresses: Arc::new(|_| Vec::new()),
-    };
+    let (dialer, reclaimer) = (crate::connect::Dialer::Direct, crate::net::Reclaimer::default());
+    let app = Arc::new(AppProbes::new(&[], dialer, reclaimer, Arc::new(|_| Vec::new())));
     Public { readiness: Readiness::default(), metrics, registered: watch::channel(false).1, app }
 }
 
@@ -126,4 +122,30 @@ async fn a_client_that_stays_silent_is_left() {
     let mut nothing = String::new();
     let closed = tokio::time::timeout(Duration::from_secs(30), idle.read_to_string(&mut nothing)).await;
     closed.expect("an idle client is closed").unwrap();
+}
+
+#[tokio::test]
+async fn who_is_being_answered_does_not_make_room_for_silent_ones() {
+    let (app, app_address) = listen().await;
+    let port = app_address.port();
+    let probe = format!(r#"{{"a/livenessProbe": {{"httpGet": {{"port": {port}}}, "timeoutSeconds": 10}}}}"#);
+    let written = format!("{{\"service\": \"a\", \"app-probes\": {}}}", serde_json::Value::from(probe));
+    let config = crate::config::Config::check(
+        &crate::config::Written::from_text("test", &written),
+        (Ipv4Addr::LOCALHOST, 0).into(),
+    )
+    .unwrap();
+    let (dialer, reclaimer) = (crate::connect::Dialer::Direct, crate::net::Reclaimer::default());
+    let addresses = Arc::new(|port| vec![(Ipv4Addr::LOCALHOST, port).into()]);
+    let probes = AppProbes::new(&config.app.kubelet_probes, dialer, reclaimer, addresses);
+    let address = serve(Public { app: Arc::new(probes), ..public() }).await;
+    let asking = tokio::spawn(async move { status(address, "GET /probe/a/livenessProbe HTTP/1.1").await });
+    let (mut question, _) = app.accept().await.unwrap();
+    let mut silent = Vec::new();
+    for _ in 0..CONNECTIONS + 5 {
+        silent.push(TcpStream::connect(address).await.unwrap());
+    }
+    assert_eq!(status(address, "GET /live HTTP/1.1").await, 200);
+    question.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").await.unwrap();
+    assert_eq!(asking.await.unwrap(), 200);
 }

@@ -149,7 +149,7 @@ impl Keeper {
                     break;
                 }
             };
-            self.note_readiness(is_well, said.is_ok());
+            self.note_readiness(is_well, &said);
             let rest = match said {
                 Ok(()) => {
                     if failures > 0 {
@@ -180,9 +180,12 @@ impl Keeper {
         }
     }
 
-    fn note_readiness(&mut self, is_well: bool, taken: bool) {
+    /// A registry that refuses is not away: then nobody can find the workload, and that must be seen.
+    fn note_readiness(&mut self, is_well: bool, said: &Result<(), Error>) {
         let now = Instant::now();
-        self.failing = if taken { None } else { self.failing.or(Some(now)) };
+        let taken = said.is_ok();
+        let away = said.as_ref().is_err_and(|error| error.kind.is_of_the_agent());
+        self.failing = if away { self.failing.or(Some(now)) } else { None };
         let waited = self.failing.is_some_and(|since| now - since >= READINESS_PATIENCE);
         if !is_well || !(taken || waited) {
             return;
