@@ -121,6 +121,9 @@ fn arguments(plan: &Plan<'_>, originals: &Map<String, Value>) -> Vec<String> {
     ];
     flags.extend(plan.ports.iter().map(|port| ("port", port.to_string())));
     flags.extend(settings.consul.iter().map(|agent| ("consul", agent.clone())));
+    if settings.controller_registers() && !settings.sidecar.contains_key("publish") {
+        flags.push(("publish", "false".into()));
+    }
     let asked = |flag: &str| plan.pod.sidecar.iter().any(|(name, _)| *name == flag);
     flags.extend(
         settings

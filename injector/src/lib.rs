@@ -11,6 +11,14 @@ pub mod ca_bundle;
 pub mod authority;
 /// The serving certificate in use.
 pub mod certificate;
+/// Pods of the mesh, registered in Consul: watches the cluster, and writes what differs.
+pub mod controller;
+/// Which of several replicas writes.
+pub mod leader;
+/// Consul's catalog over its HTTP API.
+pub mod catalog;
+/// What Consul's catalog should hold, and how it differs from what it holds.
+pub mod mirror;
 /// The numbers for Prometheus.
 pub mod metrics;
 /// The authority's root, in every namespace of the mesh.

@@ -23,6 +23,7 @@ use tokio::{net::TcpListener, sync::Notify, task::JoinHandle};
 use tracing_subscriber::EnvFilter;
 use weft_injector::{
     certificate::{Files, Serving},
+    controller::Controller,
     identity::{Identity, Pin},
     metrics::Metrics,
     offline,
@@ -197,18 +198,37 @@ async fn serve_cluster(arguments: &Serve, settings: Settings) -> Result<()> {
     };
     tokio::spawn(roots.distribute(changed));
     let (serving, metrics) = (Arc::new(Serving::default()), Arc::new(Metrics::default()));
+    let controller = start_controller(&client, &settings, &metrics)?;
     let certificate = keep_certificate(arguments, &settings, client, &serving, &metrics)?;
     let webhook = Arc::new(Webhook { settings, namespaces, metrics });
     let listener = bind(arguments.listen).await?;
     let admin = bind(arguments.admin).await?;
     tracing::info!(listen = %arguments.listen, admin = %arguments.admin, version = env!("CARGO_PKG_VERSION"), "started");
     let admin = axum::serve(admin, admin_router(Arc::clone(&webhook), Arc::clone(&serving)));
-    tokio::select! {
+    let outcome = tokio::select! {
         outcome = serve(listener, serving, router(webhook)) => outcome,
         outcome = certificate => outcome.context("the renewal of the serving certificate ended"),
         outcome = async { admin.await } => outcome.context("probes and metrics ended"),
         outcome = asked_to_stop() => outcome,
+    };
+    if let Some(controller) = controller {
+        controller.stop().await;
     }
+    outcome
+}
+
+/// The controller, where the settings want it.
+fn start_controller(
+    client: &Client,
+    settings: &Settings,
+    metrics: &Arc<Metrics>,
+) -> Result<Option<Controller>> {
+    if !settings.controller_registers() {
+        return Ok(None);
+    }
+    // In a pod its name: a container that is started anew goes on where it was.
+    let identity = std::env::var("HOSTNAME").unwrap_or_else(|_| format!("process-{}", std::process::id()));
+    Controller::start(client.clone(), settings, &identity, Arc::clone(metrics)).map(Some)
 }
 
 /// The certificate comes from the operator's files, or else from the authority. The task never ends by itself.

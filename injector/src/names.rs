@@ -1,6 +1,21 @@
 //! Labels, annotations, and names of what is added to a pod. Each stands here once; docs/kubernetes.md lists those that
 //! users write.
 
+/// What the controller mirrors into the registry has this, with [`SOURCE`], in the metadata of its node.
+pub const META_SOURCE: &str = "external-source";
+/// Says that a node of the registry is of a controller of ours.
+pub const SOURCE: &str = "weft-kubernetes";
+/// In the metadata of such a node: which cluster it is of.
+pub const META_CLUSTER: &str = "weft-cluster";
+/// A pod's version of its app.
+pub const LABEL_VERSION: &str = "app.kubernetes.io/version";
+/// On a pod: what its app speaks.
+pub const ANNOTATION_PROTOCOL: &str = "weft.dev/protocol";
+/// On a slice: the Service that it is of.
+pub const LABEL_SERVICE_NAME: &str = "kubernetes.io/service-name";
+/// The Lease of the controller that writes.
+pub const CONTROLLER_LEASE: &str = "weft-controller";
+
 /// On a namespace or a pod: `enabled` or `disabled`. The pod's counts before the namespace's.
 pub const LABEL_INJECT: &str = "weft.dev/inject";
 /// Annotations of ours begin with this.

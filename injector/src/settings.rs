@@ -1,10 +1,14 @@
 //! The injector's settings: what stands in every pod that it changes. One YAML file, in camelCase as everything in
 //! Kubernetes; every key has a default but the images.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
+use weft_proto::spiffe::TrustDomain;
 
 /// All settings.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -21,6 +25,12 @@ pub struct Settings {
     /// Consul agents, as `--consul` takes them. `$(HOST_IP):8500` is the agent of the pod's node. None: no registry.
     #[serde(default)]
     pub consul: Vec<String>,
+    /// The trust domain of the authority: the beginning of every identity.
+    #[serde(default = "trust_domain")]
+    pub trust_domain: TrustDomain,
+    /// What registers the pods of the mesh in Consul.
+    #[serde(default)]
+    pub controller: Controller,
     /// Is the sidecar an init container that goes on (Kubernetes 1.29 and later)?
     #[serde(default = "yes")]
     pub native_sidecar: bool,
@@ -66,6 +76,28 @@ pub struct Resources {
     pub memory_limit: String,
 }
 
+/// What registers the pods of the mesh in Consul, in place of their sidecars.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Controller {
+    /// Off: every sidecar registers its own pod. Without `consul` it is always off.
+    pub enabled: bool,
+    /// Marks what this cluster owns in Consul, and begins the names of its nodes there: one name for each cluster that
+    /// shares a Consul.
+    pub cluster: String,
+    /// `HOST:PORT` of the agents that it writes to. None: those of the sidecars. `$(NAME)` is a variable of the
+    /// injector's own container.
+    pub consul: Vec<String>,
+    /// File with the ACL token, read again at every request.
+    pub token_file: Option<PathBuf>,
+}
+
+impl Default for Controller {
+    fn default() -> Self {
+        Controller { enabled: true, cluster: "k8s".into(), consul: Vec::new(), token_file: None }
+    }
+}
+
 impl Default for Resources {
     fn default() -> Self {
         Resources {
@@ -89,6 +121,11 @@ impl Settings {
             .with_context(|| format!("{}: not settings of the injector", file.display()))
     }
 
+    /// Does the controller register the pods? Their sidecars must not do it too.
+    pub fn controller_registers(&self) -> bool {
+        self.controller.enabled && !self.consul.is_empty()
+    }
+
     /// Settings that name the given version's public images and nothing else.
     pub fn of_images(sidecar: &str, redirect: &str) -> Self {
         Settings {
@@ -96,6 +133,8 @@ impl Settings {
             namespace: own_namespace(),
             authority: authority(),
             consul: Vec::new(),
+            trust_domain: trust_domain(),
+            controller: Controller::default(),
             native_sidecar: true,
             pre_stop_sleep_seconds: pre_stop_sleep(),
             sidecar: BTreeMap::new(),
@@ -111,6 +150,10 @@ fn own_namespace() -> String {
 
 fn authority() -> String {
     "weft-ca.weft-system.svc:15080".into()
+}
+
+fn trust_domain() -> TrustDomain {
+    "weft.local".parse().expect("a valid trust domain")
 }
 
 fn yes() -> bool {
@@ -136,6 +179,22 @@ mod tests {
         )
         .unwrap();
         assert_eq!(settings, Settings::of_images("weft.example/sidecar:1", "weft.example/redirect:1"));
+    }
+
+    #[test]
+    fn the_controller_is_on_where_there_is_a_consul() {
+        let read = |rest: &str| -> Settings {
+            serde_saphyr::from_str(&format!("images: {{sidecar: a, redirect: b}}\n{rest}")).unwrap()
+        };
+        for (rest, on) in [
+            ("", false),
+            ("consul: ['consul:8500']", true),
+            ("consul: ['consul:8500']\ncontroller: {cluster: east}", true),
+            ("consul: ['consul:8500']\ncontroller: {enabled: false}", false),
+            ("controller: {enabled: true}", false),
+        ] {
+            assert_eq!(read(rest).controller_registers(), on, "{rest}");
+        }
     }
 
     #[test]

@@ -57,5 +57,7 @@ pub const META_ZONE: &str = "weft-zone";
 pub const META_VERSION: &str = "weft-version";
 /// Its namespace, as it is in the service's name.
 pub const META_NAMESPACE: &str = "weft-namespace";
+/// The pod that it is, where a controller registered it.
+pub const META_POD: &str = "weft-pod";
 /// Where policy documents stand in the registry's key-value store; the service's name follows.
 pub const POLICIES_PREFIX: &str = "weft/policies/";

@@ -8,6 +8,8 @@ mod chart;
 mod golden;
 #[path = "cluster/joining.rs"]
 mod joining;
+#[path = "cluster/mirror.rs"]
+mod mirror;
 #[path = "cluster/odd.rs"]
 mod odd;
 #[path = "cluster/probes.rs"]

@@ -171,3 +171,16 @@ fn items_of_one_name_are_replaced_as_a_list() {
     json_patch::patch(&mut made, &difference(&before, &after)).unwrap();
     assert_eq!(made, after);
 }
+
+#[test]
+fn a_sidecar_registers_its_pod_only_where_no_controller_does() {
+    let publishes_nothing = |settings: &Settings| {
+        let pod = injected(&orders(), settings);
+        let args = pod["spec"]["initContainers"][1]["args"].as_array().unwrap().clone();
+        args.windows(2).any(|pair| pair == ["--publish", "false"])
+    };
+    let mut settings = settings();
+    assert!(publishes_nothing(&settings));
+    settings.controller.enabled = false;
+    assert!(!publishes_nothing(&settings));
+}

@@ -4,10 +4,17 @@ use weft_tests::Cluster;
 
 pub(crate) const ENABLED: &str = "weft.dev/inject=enabled";
 
-/// A Deployment of a web server that answers with the name of its pod.
+/// A Service, and a Deployment of a web server that answers with the name of its pod.
 pub(crate) fn server(namespace: &str, name: &str, rest: &str) -> String {
     format!(
         r#"
+apiVersion: v1
+kind: Service
+metadata: {{name: {name}, namespace: {namespace}}}
+spec:
+  selector: {{app: {name}}}
+  ports: [{{name: http, port: 80, targetPort: http, appProtocol: http}}]
+---
 apiVersion: apps/v1
 kind: Deployment
 metadata: {{name: {name}, namespace: {namespace}}}
@@ -60,6 +67,10 @@ fn a_labelled_namespace_joins_the_mesh_and_plaintext_stays_out() {
     cluster.wait("shop", "pod/web", "condition=Ready");
     cluster.wait("outside", "pod/plain", "condition=Ready");
 
+    // A pod is ready a little before the registry has it.
+    cluster.until("the service is known", || {
+        call(cluster, "shop", "web", "http://orders.shop.weft:8080/").is_ok()
+    });
     let mut answered = std::collections::BTreeSet::new();
     for _ in 0..20 {
         answered.insert(call(cluster, "shop", "web", "http://orders.shop.weft:8080/").expect("an answer"));

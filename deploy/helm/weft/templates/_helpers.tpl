@@ -78,6 +78,7 @@ authority: weft-ca.{{ .Release.Namespace }}.svc:15080
 {{- if $values.consul.install }}
 {{- $consul = list (printf "consul.%s.svc:8500" .Release.Namespace) }}
 {{- end }}
+trustDomain: {{ $values.trustDomain }}
 consul: {{ toJson $consul }}
 nativeSidecar: {{ $values.sidecar.native }}
 preStopSleepSeconds: {{ $values.sidecar.preStopSleepSeconds }}
