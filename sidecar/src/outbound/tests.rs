@@ -27,7 +27,7 @@ use crate::{
 
 /// Raising these is a decision: 10,000 connections cost 10,000 times as much.
 const MOST_INBOUND_BYTES: usize = 9 * 1024;
-const MOST_OUTBOUND_BYTES: usize = 6 * 1024;
+const MOST_OUTBOUND_BYTES: usize = 6 * 1024 + 256;
 
 fn stories() -> (Arc<Inbound>, Arc<Outbound>) {
     stories_of(Directory::default(), HashMap::new(), Policy::default())
