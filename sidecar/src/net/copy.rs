@@ -25,7 +25,7 @@ const BULK: usize = 256 * 1024;
 /// After so long without a byte a direction is back at the first size.
 const BURST_OVER: Duration = Duration::from_secs(1);
 /// An end that the other side's reset has overtaken is here within this time.
-const OVERTAKEN: Duration = Duration::from_millis(50);
+const OVERTAKEN: Duration = Duration::from_millis(250);
 
 /// What ended the copying before both sides had ended.
 #[derive(Debug)]
