@@ -22,7 +22,7 @@ pub struct Plan<'a> {
 
 const RUN_FOLDER: &str = "/run/weft";
 const TOKEN_FOLDER: &str = "/var/run/secrets/weft.dev/token";
-const ROOT_FOLDER: &str = "/etc/weft/root";
+const ROOT_FOLDER: &str = "/etc/weft/authority";
 const SOCKET: &str = "/run/weft/admin.sock";
 /// The token is renewed by the kubelet long before.
 const TOKEN_SECONDS: u32 = 3600;
